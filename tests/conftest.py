@@ -1,0 +1,38 @@
+"""What every test shares: eight fake CPU devices, the golden folder and a reader for its cases."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class GoldenCase:
+    """One folder of golden data: config, arrays by ``SUBCASE/NAME`` and what meta.json says of the subcases."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = json.loads((folder / "config.json").read_text())
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.inputs = dict(np.load(folder / "inputs.npz", allow_pickle=False))
+        self.outputs = dict(np.load(folder / "outputs.npz", allow_pickle=False))
+
+    def subcase(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Inputs and outputs whose names start with ``name/``, without that prefix."""
+        cut = len(name) + 1
+        return tuple(
+            {key[cut:]: value for key, value in arrays.items() if key.startswith(name + "/")}
+            for arrays in (self.inputs, self.outputs)
+        )
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Function from a case's name to its ``GoldenCase``."""
+    return lambda case: GoldenCase(GOLDEN / case)
