@@ -1,0 +1,66 @@
+"""Normalisations of the diffusion transformer. All of them compute in float32 and return their input's dtype."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def layer_norm(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
+    """Zero mean and unit variance over the last axis, without affine part. float32 out."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
+
+
+def modulate(
+    x: Float[Array, "b l d"], shift: Float[Array, "b #l d"], scale: Float[Array, "b #l d"], eps: float = 1e-6
+) -> Float[Array, "b l d"]:
+    """Layer norm, then ``(1 + scale) x + shift`` (DiT, arXiv 2212.09748, section 3.2). Dtype of ``x``."""
+    return (layer_norm(x, eps) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the last axis, then a learned ``scale`` [d]."""
+
+    def __init__(self, features: int, *, eps: float = 1e-5, rngs: nnx.Rngs):
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (features,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """float32 out: RoPE follows and stays in float32."""
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
+        return x * self.scale[...].astype(jnp.float32)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis with learned ``scale`` and ``bias`` [d]."""
+
+    def __init__(self, features: int, *, eps: float = 1e-5, rngs: nnx.Rngs):
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (features,), jnp.float32))
+        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (features,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """float32 out."""
+        return layer_norm(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+class AdaLayerNorm(nnx.Module):
+    """The conditioning of a norm: ``chunks`` vectors of width ``features`` from SiLU of the embedding.
+
+    Six chunks are adaLN-zero's shift, scale, gate for attention, then the same for the MLP; two are
+    adaLN-continuous, scale first and then shift. The kernel starts at zero, so a fresh block is the identity.
+    """
+
+    def __init__(self, features: int, chunks: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        zeros = nnx.initializers.zeros_init()
+        self.linear = nnx.Linear(features, chunks * features, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.chunks = chunks
+
+    def __call__(self, embedding: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], ...]:
+        """The chunks, each [n, d] in the compute dtype."""
+        return tuple(jnp.split(self.linear(jax.nn.silu(embedding)), self.chunks, axis=-1))
