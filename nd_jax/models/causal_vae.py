@@ -1,0 +1,139 @@
+"""The two video codecs: one causal encoder, either with the small TAEHV decoder or with its own mirror image.
+
+Video is [B, T, H, W, 3] in [-1, 1] with T = 1 + 8k; latents are [B, 1 + k, H/8, W/8, C] before any normalisation.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from nd_jax.errors import UserError
+from nd_jax.models.causal_conv import Carry, CausalConv
+from nd_jax.models.causal_encoder import CausalEncoder
+from nd_jax.models.codec_config import AsymmetricVAEConfig, CodecConfig, NativeVAEConfig, config_from_dict
+from nd_jax.models.functional import Definition
+from nd_jax.models.native_decoder import NativeDecoder
+from nd_jax.models.posterior import Posterior, posterior
+from nd_jax.models.taehv import TAEHVDecoder
+from nd_jax.models.tiling import tiled
+
+__all__ = [
+    "AsymmetricVAEConfig",
+    "NativeVAEConfig",
+    "Posterior",
+    "VideoVAE",
+    "config_from_dict",
+    "definition",
+    "posterior",
+]
+
+Frames = tuple[Array, ...]
+"""What a chunk hands to the next one: remembered frames, one array per layer with memory."""
+
+
+class VideoVAE(nnx.Module):
+    """Encoder, decoder and the 1x1x1 convolutions on both sides of the latent."""
+
+    def __init__(self, config: CodecConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        kw = {"dtype": dtype, "rngs": rngs}
+        latent = config.encoder_out_channels
+        self.encoder = CausalEncoder(config, **kw)
+        self.quant_conv = CausalConv(2 * latent, 2 * latent, 1, **kw)
+        native = isinstance(config, NativeVAEConfig)
+        self.decoder = NativeDecoder(config, **kw) if native else TAEHVDecoder(config, **kw)
+        has_post = not native or config.add_post_quant_conv
+        self.post_quant_conv = CausalConv(latent, latent, 1, **kw) if has_post else None
+
+    def encode(
+        self, video: Float[Array, "b t h w 3"], activations: dict[str, Array] | None = None
+    ) -> Float[Array, "b t2 h2 w2 m"]:
+        """Moments of a whole clip; ``posterior(moments)`` splits them.
+
+        Raises ``UserError`` for frame counts other than 1 + 8k or sides that 8 does not divide (official scales).
+        """
+        self._check_video(video)
+        return self._moments(video, Carry(), activations)
+
+    def encode_chunk(
+        self, video: Float[Array, "b t h w 3"], frames: Frames | None = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 m"], Frames]:
+        """Moments of the next piece of a clip: first 1 + 8k frames with ``frames`` None, then 8k with those returned.
+
+        Equal to ``encode`` of the whole clip up to rounding.
+        """
+        self._check_video(video, first=frames is None)
+        carry = Carry(frames)
+        return self._moments(video, carry), carry.frames
+
+    def encode_tiled(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b t2 h2 w2 m"]:
+        """``encode`` in overlapping tiles of ``config.sample_size`` pixels."""
+        self._check_video(video)
+        tile = self.config.sample_size
+        return tiled(lambda x: self._moments(x, Carry()), video, tile, tile // self.config.tile_scale)
+
+    def decode(
+        self,
+        latent: Float[Array, "b t h w c"],
+        drop_first: bool = True,
+        activations: dict[str, Array] | None = None,
+    ) -> Float[Array, "b t2 h2 w2 3"]:
+        """Video of a whole clip of latents, not clamped: 8T - 7 frames, or all 8T without ``drop_first``."""
+        return self._video(latent, Carry(), drop_first, activations)
+
+    def decode_chunk(
+        self, latent: Float[Array, "b t h w c"], frames: Frames | None = None
+    ) -> tuple[Float[Array, "b t2 h2 w2 3"], Frames]:
+        """Video of the next latent frames of a clip, equal to ``decode`` of the whole clip up to rounding.
+
+        ``frames`` None starts a clip (8t - 7 frames come out); afterwards pass the frames returned (8t come out).
+        """
+        carry = Carry(frames)
+        return self._video(latent, carry, drop_first=frames is None), carry.frames
+
+    def decode_tiled(self, latent: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 3"]:
+        """``decode`` in overlapping tiles of ``config.sample_size`` pixels."""
+        tile = self.config.sample_size
+        return tiled(lambda z: self._video(z, Carry(), True), latent, tile // self.config.tile_scale, tile)
+
+    def __call__(
+        self, video: Float[Array, "b t h w 3"], noise: Float[Array, "b t2 h2 w2 c"] | None = None
+    ) -> tuple[Float[Array, "b t h w 3"], Posterior]:
+        """Reconstruction through a posterior sample (through its mean without ``noise``), and the posterior."""
+        code = posterior(self.encode(video))
+        return self.decode(code.mean if noise is None else code.sample(noise)), code
+
+    def _moments(self, video: Array, carry: Carry, activations: dict[str, Array] | None = None) -> Array:
+        return self.quant_conv(self.encoder(video, carry, activations), carry)
+
+    def _video(
+        self, latent: Array, carry: Carry, drop_first: bool, activations: dict[str, Array] | None = None
+    ) -> Array:
+        x = latent if self.post_quant_conv is None else self.post_quant_conv(latent, carry)
+        if activations is not None:
+            activations["post_quant_conv"] = x
+        if isinstance(self.decoder, NativeDecoder):
+            return self.decoder(x, carry, drop_first, activations)
+        video = self.decoder(x, carry, activations)
+        return video[:, self.config.frames_per_latent - 1 :] if drop_first else video
+
+    def _check_video(self, video: Array, first: bool = True) -> None:
+        _, t, h, w, _ = video.shape
+        time, space = self.config.time_scale, self.config.space_scale
+        if (t - first) % time or t < 1:
+            legal = max(first, round((t - first) / time) * time + first) or time
+            rule = f"1 + {time}k" if first else f"{time}k"
+            raise UserError(f"encode: {t} frames given, expected {rule}; the nearest legal number is {legal}")
+        if h % space or w % space:
+            near = "x".join(str(max(1, round(n / space)) * space) for n in (h, w))
+            raise UserError(f"encode: frames are {h}x{w}, expected multiples of {space}; the nearest size is {near}")
+
+
+def definition(config: AsymmetricVAEConfig | NativeVAEConfig, *, dtype=jnp.float32) -> Definition:
+    """The codec as structure plus dict of arrays; ``dtype`` is that of convolutions and matrix products.
+
+    Use ``definition(config).bind(params).encode(video)`` inside a traced function.
+    """
+    return Definition(lambda rngs: VideoVAE(config, dtype=dtype, rngs=rngs))
