@@ -5,6 +5,7 @@ All arrays are channels-last, [B, T, H, W, C]. Time is padded in front only, wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -103,5 +104,5 @@ class Conv2d(nnx.Module):
 
 def uniform_fan_in(key: jax.Array, shape: tuple[int, ...]) -> Array:
     """PyTorch's default for convolutions and linears: uniform within 1 / sqrt(fan in)."""
-    bound = 1 / max(1, int(jnp.prod(jnp.array(shape[:-1])))) ** 0.5
+    bound = math.prod(shape[:-1]) ** -0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
