@@ -23,9 +23,10 @@ from nd_jax.models.functional import Definition
 class ContextAdapterConfig:
     """Shape of a ContextAdapter, under the names of the official config.json.
 
-    ``layer_depths[k]`` is the width of hidden layer k; ``skips[k]`` says whether the input is concatenated behind
-    its output, i.e. in front of layer k + 1 (the last one: in front of the output layer).
-    ``pre_activation`` puts the activation before a hidden layer's matrix instead of after it.
+    ``layer_depths[k]`` is the width of hidden layer k; ``skips[k]`` says whether the input is put in front of
+    its output (channels: input, then hidden) for the layer after it; the last one feeds the output layer.
+    ``pre_activation`` puts the activation before a hidden layer's matrix, on all it reads, instead of after it; the
+    output layer reads what it is given in both orders.
     """
 
     input_dims: int = 4096
@@ -89,7 +90,7 @@ class ContextAdapter(nnx.Module):
         for layer, skip in zip(self.network_layers, config.skips, strict=True):
             hidden = layer(activation(hidden)) if config.pre_activation else activation(layer(hidden))
             if skip:
-                hidden = jnp.concatenate([hidden, x.astype(hidden.dtype)], axis=-1)
+                hidden = jnp.concatenate([x.astype(hidden.dtype), hidden], axis=-1)
         return ACTIVATIONS[config.out_activation_fn](self.output_layer(hidden))
 
 
