@@ -1,63 +1,230 @@
-"""The pyramidal video diffusion transformer (skeleton)."""
+"""The pyramidal video diffusion transformer (MMDiT).
+
+One call denoises the current clip of each group, given its history clips, text, pooled text and timestep. A group is
+one resolution of the pyramid: one group at inference, one per stage ("column") in packed training.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
+from nd_jax.errors import UserError
+from nd_jax.models.attention import causal_mask
 from nd_jax.models.embeddings import PatchEmbed, TimeTextEmbed
 from nd_jax.models.functional import Definition
-from nd_jax.models.mmdit_block import Block, xavier
-from nd_jax.models.norms import AdaLayerNorm
+from nd_jax.models.hooks import ShardingHooks
+from nd_jax.models.mmdit_block import Block, Group, LastBlock, spread, xavier
+from nd_jax.models.mmdit_config import MMDiTConfig
+from nd_jax.models.norms import AdaLayerNorm, modulate
+from nd_jax.models.positions import rope_tables, spatial_positions
+from nd_jax.models.stacked import stack
+
+__all__ = ["BlockStates", "Layout", "MMDiT", "MMDiTConfig", "definition"]
+
+REMAT = {
+    "none": lambda body: body,
+    "full": lambda body: jax.checkpoint(body, prevent_cse=False),
+    "dots": lambda body: jax.checkpoint(
+        body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
 
 
-@dataclass(frozen=True)
-class MMDiTConfig:
-    """Fields of the official config.json."""
+class Layout(Protocol):
+    """Times and segments of one group's tokens, text first; anything with these two arrays will do.
 
-    sample_size: int = 128
-    patch_size: int = 2
-    in_channels: int = 16
-    num_layers: int = 18
-    attention_head_dim: int = 64
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 4096
-    pooled_projection_dim: int = 2048
-    pos_embed_max_size: int = 192
-    max_num_frames: int = 200
-    qk_norm: str | None = "rms_norm"
-    use_temporal_causal: bool = True
-    interp_condition_pos: bool = True
-    context_embedder: bool = False
+    Queries read keys of their own segment and, in a causal network, of no later time. Real tokens are segment 1,
+    padded text 0, padded image tokens 2.
+    """
 
-    @property
-    def width(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
+    times: Int[Array, "b l"]
+    segments: Int[Array, "b l"]
+
+
+class BlockStates(NamedTuple):
+    """Tokens after every block: the stacked ones [K, ...], and the last block's image tokens (it has no text)."""
+
+    image: Float[Array, "k b l d"]
+    text: Float[Array, "k n s d"]
+    last_image: Float[Array, "b l d"]
 
 
 class MMDiT(nnx.Module):
-    def __init__(self, config: MMDiTConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    """Structure of the network. Build it through ``definition``."""
+
+    def __init__(self, config: MMDiTConfig, *, dtype: jnp.dtype, hooks: ShardingHooks, rngs: nnx.Rngs):
         width, patch = config.width, config.patch_size
+        self.config, self.dtype, self.hooks = config, dtype, hooks
         self.pos_embed = PatchEmbed(config.in_channels, width, patch, dtype=dtype, rngs=rngs)
         self.time_text_embed = TimeTextEmbed(config.pooled_projection_dim, width, rngs=rngs)
         if config.context_embedder:
             self.context_embedder = nnx.Linear(
                 config.joint_attention_dim, width, kernel_init=xavier, dtype=dtype, rngs=rngs
             )
-
-        @nnx.split_rngs(splits=config.num_layers - 1)
-        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, dtype=dtype, rngs=rngs)
-
-        self.blocks = stack(rngs)
-        self.last_block = Block(config, last=True, dtype=dtype, rngs=rngs)
+        self.blocks = stack(lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.num_layers - 1, rngs)
+        self.last_block = LastBlock(config, dtype=dtype, rngs=rngs)
         self.norm_out = AdaLayerNorm(width, 2, dtype=dtype, rngs=rngs)
-        zeros = nnx.initializers.zeros_init()
-        self.proj_out = nnx.Linear(width, patch * patch * config.in_channels, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.proj_out = nnx.Linear(
+            width, patch * patch * config.in_channels, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        sample: Sequence[Sequence[Float[Array, "b t h w c"]]],
+        text: Float[Array, "b*g s d"],
+        pooled: Float[Array, "b*g p"],
+        timestep: Float[Array, " b*g"],
+        layouts: Sequence[Layout],
+        *,
+        return_blocks: bool = False,
+        reducer: Callable[..., Any] | None = None,
+        remat: str | None = None,
+    ) -> Any:
+        """Predict the velocity of each group's current clip.
+
+        Args:
+            sample: per group its clips, oldest first, the last one current; latents [B, T, H, W, C].
+            text: embeddings, row ``b * G + g`` for group ``g``; width ``joint_attention_dim`` if the network has a
+                context embedder, inner width otherwise.
+            pooled: pooled text embeddings, same rows.
+            timestep: 0 to 1000, same rows.
+            layouts: per group the times and segments of its S + L tokens.
+            return_blocks: also return every block's tokens.
+            reducer: ``reducer(image_in, image_out, text_in, text_out)`` is run in every block but the last, image
+                [B, sum L, D] and text [B*G, S, D]; its results come back stacked on a leading axis.
+            remat: "none", "full" (keep block inputs only) or "dots" (keep the results of dense products).
+
+        Returns:
+            Predictions [B, T, H, W, C], one per group; with ``return_blocks`` and/or ``reducer`` a tuple
+            ``(predictions[, BlockStates][, reduced])``.
+
+        Raises:
+            UserError: inputs whose sizes do not fit each other or the network.
+        """
+        if (remat or "none") not in REMAT:
+            raise UserError(f"MMDiT: remat is {remat!r}; supported: {', '.join(map(repr, REMAT))}")
+        sample = [clips if isinstance(clips, Sequence) else [clips] for clips in sample]
+        self._check(sample, text, pooled, timestep, layouts)
+        image, groups = self._tokens(sample, layouts)
+        text = text.astype(self.dtype)
+        if self.config.context_embedder:
+            text = self._ready(self.context_embedder)(text)
+        conditioning = self._ready(self.time_text_embed, jnp.float32)(timestep, pooled).astype(self.dtype)
+
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(carry, layer):
+            image, text = (self.hooks.constrain(x, name) for x, name in zip(carry, ("image", "text"), strict=True))
+            block = self._ready(nnx.merge(graphdef, layer))
+            new_image, new_text = block(image, text, conditioning, groups)
+            out = (
+                (new_image, new_text) if return_blocks else None,
+                reducer(image, new_image, text, new_text) if reducer else None,
+            )
+            return (new_image, new_text), out
+
+        (image, text), (states, reduced) = jax.lax.scan(REMAT[remat or "none"](body), (image, text), stacked)
+        image, text = self.hooks.constrain(image, "image"), self.hooks.constrain(text, "text")
+        last_block = self._ready(self.last_block)
+        last = REMAT[remat or "none"](lambda i, t, c: last_block(i, t, c, groups, history=return_blocks))
+        image = self.hooks.constrain(last(image, text, conditioning), "image")
+        predictions = self._predict(image, conditioning, groups, sample, history=return_blocks)
+        extras = ([BlockStates(*states, image)] if return_blocks else []) + ([reduced] if reducer else [])
+        return (predictions, *extras) if extras else predictions
+
+    def _ready(self, module: nnx.Module, dtype: jnp.dtype | None = None) -> nnx.Module:
+        """The module with its kernels in the compute dtype and every weight passed through the sharding hook."""
+
+        def ready(path, w):
+            return self.hooks.gather(w.astype(dtype or self.dtype) if path[-1] == "kernel" else w)
+
+        graphdef, state = nnx.split(module)
+        flat = [(path, leaf.replace(ready(path, leaf.get_value()))) for path, leaf in nnx.to_flat_state(state)]
+        return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+    def _tokens(self, sample, layouts) -> tuple[Float[Array, "b l d"], list[Group]]:
+        """Patches with positions, all groups side by side, and what attention needs to know of each group."""
+        config, embed = self.config, self._ready(self.pos_embed)
+        tokens, groups = [], []
+        for clips, layout in zip(sample, layouts, strict=True):
+            patched = [embed(clip) for clip in clips]
+            target = patched[-1].shape[2:4]
+            length = 0
+            for x in patched:
+                size = x.shape[2:4]
+                positions = spatial_positions(
+                    *(config.width, config.pos_embed_max_size, config.base_size, size),
+                    target if config.interp_condition_pos else size,
+                )
+                x = x + positions.astype(self.dtype)
+                tokens.append(x.reshape(x.shape[0], -1, config.width))
+                length += tokens[-1].shape[1]
+            mask = causal_mask(layout.times, layout.segments, causal=config.use_temporal_causal)
+            cosines, sines = (x[:, :, None] for x in rope_tables(layout.times, config.attention_head_dim))
+            groups.append(Group(length, tokens[-1].shape[1], mask, cosines, sines))
+        return jnp.concatenate(tokens, axis=1), groups
+
+    def _predict(self, image, conditioning, groups, sample, *, history: bool) -> list[Float[Array, "b t h w c"]]:
+        """Norm, project and unpatchify the current clips' tokens."""
+        if history:
+            ends = [sum(g.length for g in groups[: i + 1]) for i in range(len(groups))]
+            image = jnp.concatenate(
+                [image[:, end - g.current : end] for end, g in zip(ends, groups, strict=True)], axis=1
+            )
+        lengths = [group.current for group in groups]
+        scale, shift = (spread(m, lengths) for m in self._ready(self.norm_out)(conditioning))
+        out = self._ready(self.proj_out)(modulate(image, shift, scale))
+        predictions, start, p = [], 0, self.config.patch_size
+        for clips, n in zip(sample, lengths, strict=True):
+            b, t, height, width, c = clips[-1].shape
+            x = out[:, start : start + n].reshape(b, t, height // p, width // p, p, p, c)
+            predictions.append(x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, height, width, c))
+            start += n
+        return predictions
+
+    def _check(self, sample, text, pooled, timestep, layouts) -> None:
+        config, p = self.config, self.config.patch_size
+        if len(sample) != len(layouts) or not sample:
+            raise UserError(f"MMDiT: {len(sample)} groups of clips and {len(layouts)} layouts; expected one each")
+        rows = sample[0][-1].shape[0] * len(sample)
+        text_width = config.joint_attention_dim if config.context_embedder else config.width
+        for name, x, shape in (
+            ("text", text, (rows, text.shape[1], text_width)),
+            ("pooled", pooled, (rows, config.pooled_projection_dim)),
+            ("timestep", timestep, (rows,)),
+        ):
+            if x.shape != shape:
+                raise UserError(f"MMDiT: {name} has shape {x.shape}; expected {shape} for {len(sample)} groups")
+        for g, (clips, layout) in enumerate(zip(sample, layouts, strict=True)):
+            for clip in clips:
+                if clip.ndim != 5 or clip.shape[-1] != config.in_channels or clip.shape[2] % p or clip.shape[3] % p:
+                    raise UserError(
+                        f"MMDiT: a clip of group {g} has shape {clip.shape}; "
+                        f"expected [B, T, H, W, {config.in_channels}] with H and W multiples of {p}"
+                    )
+            tokens = text.shape[1] + sum(c.shape[1] * (c.shape[2] // p) * (c.shape[3] // p) for c in clips)
+            for name in ("times", "segments"):
+                if getattr(layout, name).shape[-1] != tokens:
+                    raise UserError(
+                        f"MMDiT: layout {name} of group {g} has shape {getattr(layout, name).shape}; "
+                        f"expected {tokens} tokens, text first"
+                    )
 
 
-def definition(config: MMDiTConfig, *, dtype=jnp.float32) -> Definition:
-    return Definition(lambda rngs: MMDiT(config, dtype=dtype, rngs=rngs))
+def definition(
+    config: MMDiTConfig, *, dtype: jnp.dtype = jnp.float32, hooks: ShardingHooks | None = None
+) -> Definition:
+    """The network without its numbers.
+
+    Args:
+        config: sizes; the depth that runs is read from the parameters' leading axis.
+        dtype: compute dtype. Norms, softmax, rotary and timestep embeddings are float32 in any case.
+        hooks: sharding constraints, set by training; none by default.
+    """
+    return Definition(lambda rngs: MMDiT(config, dtype=dtype, hooks=hooks or ShardingHooks(), rngs=rngs))

@@ -1,19 +1,52 @@
-"""One block of the diffusion transformer: joint attention over text and image with separate weights for each."""
+"""Blocks of the diffusion transformer: joint attention over text and image, with separate weights for each.
+
+Image tokens of all groups lie side by side, [B, sum of lengths, D], so that projections and MLPs are one product;
+text is [B*G, S, D], row ``b * G + g`` belonging to group ``g``. Only attention runs group by group.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from nd_jax.models.norms import AdaLayerNorm, LayerNorm, RMSNorm, modulate
+from nd_jax.models.attention import attend
+from nd_jax.models.norms import AdaLayerNorm, LayerNorm, NoNorm, RMSNorm, modulate
+from nd_jax.models.positions import apply_rope
 
-
-QK_NORMS = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
+QK_NORMS = {"rms_norm": RMSNorm, "layer_norm": LayerNorm, None: NoNorm}
 xavier = nnx.initializers.xavier_uniform()
+
+
+@dataclass(frozen=True)
+class Group:
+    """What attention needs to know of one group: how many image tokens, how many of them at the end are the current
+    clip's, and over text and image tokens [B or 1, S+L] the mask and the rotary tables."""
+
+    length: int
+    current: int
+    mask: Bool[Array, "b l l"]
+    cosines: Float[Array, "b l 1 r"]
+    sines: Float[Array, "b l 1 r"]
+
+
+def spread(rows: Float[Array, "b*g d"], lengths: Sequence[int]) -> Float[Array, "b l d"]:
+    """One row per sample and group to one per image token (or a broadcastable one where there is a single group)."""
+    rows = rows.reshape(-1, len(lengths), rows.shape[-1])
+    if len(lengths) == 1:
+        return rows
+    parts = [jnp.broadcast_to(rows[:, i, None], (rows.shape[0], n, rows.shape[-1])) for i, n in enumerate(lengths)]
+    return jnp.concatenate(parts, axis=1)
+
+
+def of_group(x: Float[Array, "b l ..."], lengths: Sequence[int], index: int) -> Float[Array, "b n ..."]:
+    """The image tokens of one group."""
+    start = sum(lengths[:index])
+    return x[:, start : start + lengths[index]]
 
 
 class JointAttention(nnx.Module):
@@ -30,10 +63,30 @@ class JointAttention(nnx.Module):
         self.to_out = linear()
         if not last:
             self.to_add_out = linear()
-        if config.qk_norm is not None:
-            norm = QK_NORMS[config.qk_norm]
-            self.norm_q, self.norm_k = (norm(config.attention_head_dim, rngs=rngs) for _ in range(2))
-            self.norm_add_q, self.norm_add_k = (norm(config.attention_head_dim, rngs=rngs) for _ in range(2))
+        norm = QK_NORMS[config.qk_norm]
+        self.norm_q, self.norm_k = (norm(config.attention_head_dim, rngs=rngs) for _ in range(2))
+        self.norm_add_q, self.norm_add_k = (norm(config.attention_head_dim, rngs=rngs) for _ in range(2))
+        self.heads = config.num_attention_heads
+
+    def heads_of(self, x: Float[Array, "n l d"]) -> Float[Array, "n l h k"]:
+        """Channels split into heads."""
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+    def image_queries(self, x: Float[Array, "b l d"]) -> Float[Array, "b l h k"]:
+        """Normalised queries of image tokens."""
+        return self.norm_q(self.heads_of(self.to_q(x)))
+
+    def image_keys_values(self, x: Float[Array, "b l d"]) -> tuple[Float[Array, "b l h k"], Float[Array, "b l h k"]]:
+        """Normalised keys, and values, of image tokens."""
+        return self.norm_k(self.heads_of(self.to_k(x))), self.heads_of(self.to_v(x))
+
+    def text_queries(self, x: Float[Array, "n s d"]) -> Float[Array, "n s h k"]:
+        """Normalised queries of text tokens."""
+        return self.norm_add_q(self.heads_of(self.add_q_proj(x)))
+
+    def text_keys_values(self, x: Float[Array, "n s d"]) -> tuple[Float[Array, "n s h k"], Float[Array, "n s h k"]]:
+        """Normalised keys, and values, of text tokens."""
+        return self.norm_add_k(self.heads_of(self.add_k_proj(x))), self.heads_of(self.add_v_proj(x))
 
 
 class FeedForward(nnx.Module):
@@ -49,12 +102,101 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """adaLN-zero, joint attention, adaLN-zero, feed forward. The ``last`` block updates image tokens only."""
+    """adaLN-zero, joint attention, adaLN-zero, feed forward, for image and text (SD3, arXiv 2403.03206, figure 2)."""
 
-    def __init__(self, config, *, last: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm1 = AdaLayerNorm(config.width, 6, dtype=dtype, rngs=rngs)
-        self.norm1_context = AdaLayerNorm(config.width, 2 if last else 6, dtype=dtype, rngs=rngs)
-        self.attn = JointAttention(config, last=last, dtype=dtype, rngs=rngs)
+        self.norm1_context = AdaLayerNorm(config.width, 6, dtype=dtype, rngs=rngs)
+        self.attn = JointAttention(config, last=False, dtype=dtype, rngs=rngs)
         self.ff = FeedForward(config.width, dtype=dtype, rngs=rngs)
-        if not last:
-            self.ff_context = FeedForward(config.width, dtype=dtype, rngs=rngs)
+        self.ff_context = FeedForward(config.width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        image: Float[Array, "b l d"],
+        text: Float[Array, "n s d"],
+        conditioning: Float[Array, "n d"],
+        groups: Sequence[Group],
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "n s d"]]:
+        """Image and text tokens after the block, in the dtype they came in."""
+        lengths = [group.length for group in groups]
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, lengths) for m in self.norm1(conditioning))
+        x = modulate(image, shift, scale)
+        image_heads = self.attn.image_queries(x), *self.attn.image_keys_values(x)
+        context = [m[:, None] for m in self.norm1_context(conditioning)]
+        y = modulate(text, context[0], context[1])
+        text_heads = self.attn.text_queries(y), *self.attn.text_keys_values(y)
+
+        seen = []
+        for i, group in enumerate(groups):
+            joined = (
+                jnp.concatenate([t[i :: len(groups)], of_group(x, lengths, i).astype(t.dtype)], axis=1)
+                for t, x in zip(text_heads, image_heads, strict=True)
+            )
+            seen.append(joint_attention(*joined, group, image.dtype))
+        s = text.shape[1]
+        image_seen = jnp.concatenate([x[:, s:] for x in seen], axis=1)
+        text_seen = jnp.stack([x[:, :s] for x in seen], axis=1).reshape(text.shape)
+
+        image = image + gate * self.attn.to_out(image_seen)
+        image = image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
+        text = text + context[2] * self.attn.to_add_out(text_seen)
+        text = text + context[5] * self.ff_context(modulate(text, context[3], context[4]))
+        return image, text
+
+
+class LastBlock(nnx.Module):
+    """The block that updates image tokens only: text gives keys and values, and ends here."""
+
+    def __init__(self, config, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm1 = AdaLayerNorm(config.width, 6, dtype=dtype, rngs=rngs)
+        self.norm1_context = AdaLayerNorm(config.width, 2, dtype=dtype, rngs=rngs)
+        self.attn = JointAttention(config, last=True, dtype=dtype, rngs=rngs)
+        self.ff = FeedForward(config.width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        image: Float[Array, "b l d"],
+        text: Float[Array, "n s d"],
+        conditioning: Float[Array, "n d"],
+        groups: Sequence[Group],
+        *,
+        history: bool = False,
+    ) -> Float[Array, "b c d"]:
+        """The current clips' tokens after the block, group after group; with ``history`` all image tokens.
+
+        History leaves the network here, so unless asked for only its keys and values are computed.
+        """
+        lengths = [group.length for group in groups]
+        kept = lengths if history else [group.current for group in groups]
+        modulation = self.norm1(conditioning)
+        x = modulate(image, *(spread(m, lengths) for m in modulation[:2]))
+        scale, shift = (m[:, None] for m in self.norm1_context(conditioning))
+        y = modulate(text, shift, scale)
+
+        def current(z: Float[Array, "b l d"]) -> Float[Array, "b c d"]:
+            return jnp.concatenate([of_group(z, lengths, i)[:, -n:] for i, n in enumerate(kept)], axis=1)
+
+        queries = self.attn.image_queries(current(x))
+        image_heads, text_heads = self.attn.image_keys_values(x), self.attn.text_keys_values(y)
+        seen = []
+        for i, group in enumerate(groups):
+            keys_values = (
+                jnp.concatenate([t[i :: len(groups)], of_group(x, lengths, i).astype(t.dtype)], axis=1)
+                for t, x in zip(text_heads, image_heads, strict=True)
+            )
+            seen.append(joint_attention(of_group(queries, kept, i), *keys_values, group, image.dtype))
+
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, kept) for m in modulation)
+        image = current(image) + gate * self.attn.to_out(jnp.concatenate(seen, axis=1))
+        return image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
+
+
+def joint_attention(
+    q: Float[Array, "b q h k"], k: Float[Array, "b l h k"], v: Float[Array, "b l h k"], group: Group, dtype: jnp.dtype
+) -> Float[Array, "b q d"]:
+    """Attention of one group over text and image tokens; ``q`` may be the last of them only."""
+    n = q.shape[1]
+    q = apply_rope(q, group.cosines[:, -n:], group.sines[:, -n:]).astype(dtype)
+    k = apply_rope(k, group.cosines, group.sines).astype(dtype)
+    return attend(q, k, v, group.mask[:, -n:])

@@ -16,7 +16,20 @@ def layer_norm(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
 
 
 def modulate(
-    x: Float[Array, "b l d"], shift: Float[Array, "b #l d"], scale: Float[Array, "b #l d"], eps: float = 1e-6
+    x: Float[Array, "b l d"],
+    shift: Float[
+        Array,
+        (
+            b  # l d
+        ),
+    ],
+    scale: Float[
+        Array,
+        (
+            b  # l d
+        ),
+    ],
+    eps: float = 1e-6,
 ) -> Float[Array, "b l d"]:
     """Layer norm, then ``(1 + scale) x + shift`` (DiT, arXiv 2212.09748, section 3.2). Dtype of ``x``."""
     return (layer_norm(x, eps) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
@@ -47,6 +60,17 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         """float32 out."""
         return layer_norm(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+class NoNorm(nnx.Module):
+    """Stands where a norm could: no parameters, nothing done."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        del features, rngs
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """``x``."""
+        return x
 
 
 class AdaLayerNorm(nnx.Module):
