@@ -1,0 +1,1 @@
+"""One loop for every recipe: meshes, sharding, optimizers, metrics and checkpoints. Knows no recipe."""
