@@ -175,7 +175,7 @@ def test_bad_input_is_refused():
         run()
     with pytest.raises(UserError, match="4 latent frames, expected 1"):
         run(initial_noise=np.zeros((1, 4, 8, 8, 1), np.float32))
-    with pytest.raises(UserError, match="expected .B, T, 8, 8, C"):
+    with pytest.raises(UserError, match=r"expected \[B, T, 8, 8, C"):
         run(initial_noise=np.zeros((1, 2, 8, 16, 1), np.float32))
     with pytest.raises(UserError, match="one envelope for each of the 3 stages"):
         run(envelopes=stages[:2])

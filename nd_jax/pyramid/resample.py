@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -9,24 +10,32 @@ from jaxtyping import Array, Float
 from nd_jax.errors import UserError
 
 
-def _halve_axis(x: Array, axis: int) -> Array:
+def _neighbours(x: Array, axis: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """The two inputs of every output along ``axis``, and their shares: half-pixel centres, no antialiasing."""
     size = x.shape[axis]
     half = size // 2
     if half < 1:
         raise UserError(f"downsampling: size {size} cannot be halved; use fewer stages or a larger picture")
     if size % 2 == 0:
-        return jnp.mean(x.reshape(*x.shape[:axis], half, 2, *x.shape[axis + 1 :]), axis=axis + 1)
-    # Half-pixel centres without antialiasing: two neighbours at unequal shares.
+        pairs = x.reshape(*x.shape[:axis], half, 2, *x.shape[axis + 1 :])
+        return tuple(jax.lax.index_in_dim(pairs, i, axis + 1, False) for i in (0, 1)), (
+            np.float32(0.5),
+            np.float32(0.5),
+        )
     centre = (np.arange(half) + 0.5) * (size / half) - 0.5
     low = np.floor(centre).astype(np.int64)
-    share = jnp.asarray((centre - low).reshape(-1, *[1] * (x.ndim - 1 - axis)), x.dtype)
-    return (1 - share) * jnp.take(x, low, axis=axis) + share * jnp.take(x, low + 1, axis=axis)
+    share = (centre - low).astype(np.float32).reshape(-1, *[1] * (x.ndim - 1 - axis))
+    return tuple(jnp.take(x, low + i, axis=axis) for i in (0, 1)), (1 - share, share)
 
 
 def halve(x: Float[Array, "*b h w c"]) -> Float[Array, "*b h//2 w//2 c"]:
     """Bilinear downsampling by 2 (odd sizes: to the floor of the half). Raises ``UserError`` for a size of 1."""
     wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-    return _halve_axis(_halve_axis(wide, x.ndim - 2), x.ndim - 3).astype(x.dtype)
+    out = 0.0  # the four terms in this order round as the reference does
+    for row, row_share in zip(*_neighbours(wide, x.ndim - 3), strict=True):
+        for part, share in zip(*_neighbours(row, x.ndim - 2), strict=True):
+            out += row_share * share * part
+    return out.astype(x.dtype)
 
 
 def halve_noise(x: Float[Array, "*b h w c"]) -> Float[Array, "*b h//2 w//2 c"]:
