@@ -119,6 +119,11 @@ class Folder:
             )
         return found[0]
 
+    def has(self, role: str, mode: str | None = None) -> bool:
+        """Whether ``name_of`` would find a folder."""
+        names = [MODES[each].get(role, role) for each in ([mode] if mode else MODES)]
+        return any(name in self.components for name in names)
+
     def load(
         self, name: str, *, dtype: object | None = None, sharding: Any = None, parts: Sequence[str] | None = None
     ) -> tuple[Any, dict[str, Any]]:

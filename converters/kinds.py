@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +32,17 @@ class Kind:
 
     def table(self, config: Any) -> Table:
         """Names, shapes and layouts of this network."""
-        return Table(self.names.rules(config), self.definition(config).abstract(), self.names.extras(config))
+        return Table(self.names.rules(config), _abstract(self, config), self.names.extras(config))
 
     def native_table(self, config: Any) -> Table:
         """The same for nd-jax's own files."""
-        return native_table(self.definition(config).abstract())
+        return native_table(_abstract(self, config))
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(kind: Kind, config: Any) -> dict[str, Any]:
+    """Shapes of a network's parameters; tracing a large one takes a second. Read only."""
+    return kind.definition(config).abstract()
 
 
 def _ignoring_names(read: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any], set[str]], Any]:

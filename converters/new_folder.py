@@ -63,6 +63,8 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
         temporary.rename(target)
         if old.exists():
             shutil.rmtree(old)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"writing {target} failed ({error}); nothing was left behind") from error
         raise

@@ -42,8 +42,10 @@ class StoredTensor:
     def nbytes(self) -> int:
         return self.info.nbytes
 
-    def read(self, index: Index | None = None) -> np.ndarray:
+    def read(self, index: Index | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """The tensor, or the part of it that ``index`` selects: one slice of step 1 per leading axis.
+
+        ``out``, contiguous and of the part's shape and the tensor's dtype, is filled instead of a new array.
 
         Raises:
             UserError: if the file has changed since it was opened, or a BOOL byte is neither 0 nor 1.
@@ -53,7 +55,10 @@ class StoredTensor:
         if any(step != 1 for _, _, step in bounds):
             raise ValueError("only slices of step 1 can be read")
         bounds = [(start, max(start, stop)) for start, stop, _ in bounds]
-        out = np.empty([stop - start for start, stop in bounds], self.dtype)
+        shape = tuple(stop - start for start, stop in bounds)
+        out = np.empty(shape, self.dtype) if out is None else out
+        if out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}; expected contiguous {self.dtype} {shape}")
         if out.size:
             self.file.fill(out.reshape(-1).view(np.uint8), self.info.offset, self.shape, bounds, self.dtype.itemsize)
         if self.dtype == bool and (out.view(np.uint8) > 1).any():

@@ -28,10 +28,6 @@ class Layout:
 
     axes: tuple[int, ...] | None = None
 
-    def to_path(self, array: np.ndarray) -> np.ndarray:
-        """Torch order to JAX order, as a view."""
-        return array if self.axes is None else array.transpose(self.axes)
-
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """JAX order to torch order, as a view."""
         return array if self.axes is None else array.transpose(np.argsort(self.axes))

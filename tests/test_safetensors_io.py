@@ -334,3 +334,34 @@ def test_any_truncation_is_noticed(tmp_path, size):
     path.write_bytes(content[:size])
     with pytest.raises(UserError):
         read_tensors(path)
+
+
+def test_random_damage_is_an_error_or_harmless(tmp_path):
+    write_checkpoint(tmp_path, "model", [pending(name, array) for name, array in every_dtype().items()])
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    rng = np.random.Generator(np.random.Philox(1))
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        for position in rng.integers(0, header, rng.integers(1, 4)):
+            damaged[position] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            read_tensors(path)
+        except UserError:
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.peers
+def test_torch_reads_what_we_write(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    tensors = every_dtype()
+    write_checkpoint(tmp_path, "model", [pending(name, array) for name, array in tensors.items()])
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        raw = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.ndim else tensor.numpy()
+        assert raw.tobytes() == tensors[name].tobytes(), name
