@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from nd_jax.errors import UserError
 from nd_jax.training.checkpoint import CheckpointStore, load_tree, read_record
 from nd_jax.training.compiles import CompileCounter
+from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.loop import Every
 from nd_jax.training.mesh import MeshConfig, make_mesh
 from nd_jax.training.metrics import TrainingDiverged, read_metrics
@@ -97,6 +99,14 @@ def test_eight_devices_agree_with_one(whole, tmp_path):
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
     np.testing.assert_allclose(curve(tmp_path), curve(folder), rtol=1e-4)
+
+
+def test_with_the_hooks_only_weights_travel_whole():
+    """Left to itself the compiler gathers activations ([8, 16] here) and splits the layers' products instead."""
+    recipe = toy.Toy(hooks=sharding_hooks(SHARDED, toy.RULES))
+    text = Program(recipe, SHARDED, jax.random.key(0)).compile_step().as_text()
+    assert set(re.findall(r"= (\S+?)\{\S* all-gather\(", text)) == {"f32[1,16,32]", "f32[1,32,16]", "f32[16,16]"}
+    assert " all-to-all(" not in text
 
 
 def test_interrupted_politely_and_resumed_is_bit_equal(whole, tmp_path):

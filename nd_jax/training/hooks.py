@@ -40,7 +40,7 @@ def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> ShardingHooks:
 
     def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
         entries: list = [None] * grad.ndim
-        dim = largest_free(grad.shape, entries, mesh, rules.minimum)
+        dim = largest_free(grad.shape, entries, mesh, rules.minimum) if grad.ndim > 1 else None  # vectors stay whole
         if dim is not None:
             entries[dim] = "fsdp"
         return (jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, P(*entries))),)

@@ -39,7 +39,7 @@ class LoopConfig:
     log_every: int = 1
     """Steps between two lines of metrics. Every step's metrics are checked all the same."""
     save_every: int = 500
-    """Steps between two checkpoints; one is also written at the end and when interrupted."""
+    """Steps between two checkpoints (0: none in between); one is also written at the end and when interrupted."""
     keep: int = 2
     """Newest checkpoints to keep."""
     keep_every: int | None = None
@@ -51,7 +51,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class Every:
-    """Something to do with the state every ``steps`` steps; what belongs to the end is done with the ``Outcome``.
+    """Something to do with the state every ``steps`` steps (0: never). What belongs to the end needs the ``Outcome``.
 
     ``call(step, state)`` may return numbers to log. It must not keep the state: the next step donates it.
     """
@@ -161,7 +161,7 @@ def train(
                     if bad is not None:
                         store.wait()
                         raise TrainingDiverged(done, bad, values[bad], store.latest())
-                    if done % config.log_every == 0 or done == config.steps:
+                    if done % max(config.log_every, 1) == 0 or done == config.steps:
                         values |= clock.lap(done)
                         if writer is not None:
                             writer.write(done, values)
@@ -180,12 +180,12 @@ def train(
                 settle()
                 stray += compiles.count - known
                 for callback in callbacks:
-                    if step % callback.steps == 0:
+                    if callback.steps and step % callback.steps == 0:
                         settle(everything=True)
                         values = callback.call(step, state)
                         if values and writer is not None:
                             writer.write(step, {name: float(value) for name, value in values.items()})
-                if step % config.save_every == 0:
+                if config.save_every and step % config.save_every == 0:
                     settle(everything=True)
                     store.save(step, state, batches, seconds())
                 reason = why_stop(step)
