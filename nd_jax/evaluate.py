@@ -1,0 +1,146 @@
+"""Generate, judge and count: what a system keeps of what its prompts ask for.
+
+Judged accuracy is the share of attributes that the judge (no learned parts) reads from a video as the prompt names
+them. Prompts and noise are paired: system A's video n and system B's start from the same noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jaxtyping import Int, UInt8
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from nd_jax.data import judge
+from nd_jax.data.source import prompts as world_prompts
+from nd_jax.data.world import ATTRIBUTES, World
+from nd_jax.generate import Generator, generate
+from nd_jax.models.causal_vae import definition, posterior
+from nd_jax.models.codec_config import CodecConfig
+from nd_jax.models.functional import Params, count_parameters
+from nd_jax.models.system import DENOISER
+from nd_jax.pyramid.normalise import from_uint8, to_uint8
+from nd_jax.system import VideoSystem
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A system's videos and how they were read. ``interval``: bootstrap 95 % of the mean accuracy, over prompts."""
+
+    videos: UInt8[np.ndarray, "n t h w 3"]
+    scores: judge.Scores
+    interval: tuple[float, float]
+    seconds: float
+    """Wall-clock time per video, compilation included."""
+    parameters: int
+    """Of the denoiser."""
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready figures."""
+        return {
+            "prompts": self.scores.count,
+            "accuracy": self.scores.accuracy,
+            "mean": self.scores.mean,
+            "interval_95": list(self.interval),
+            "chance": {name: mean for name, (mean, _) in self.scores.chance.items()},
+            "chance_deviation": self.scores.chance["mean"][1],
+            "seconds_per_video": self.seconds,
+            "denoiser_parameters": self.parameters,
+        }
+
+
+def bootstrap_interval(right: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of per-prompt accuracies [n], by resampling prompts (percentile method)."""
+    if len(right) < 2 or np.ptp(right) == 0:
+        return float(right.mean()), float(right.mean())
+    rng = np.random.Generator(np.random.Philox(seed))
+    found = scipy.stats.bootstrap((right,), np.mean, n_resamples=2000, method="percentile", rng=rng)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def judge_videos(
+    videos: Sequence[np.ndarray], labels: Int[np.ndarray, "n objects 5"], world: World
+) -> tuple[judge.Scores, tuple[float, float]]:
+    """Scores of videos against the labels they should show, and the interval of the mean."""
+    read = judge.read_labels(videos, world)
+    return judge.score(read, labels), bootstrap_interval((read == labels).mean(axis=(1, 2)))
+
+
+def evaluate_system(
+    system: VideoSystem,
+    world: World,
+    *,
+    split: str = "seen",
+    count: int = 48,
+    seed: int = 0,
+    batch: int = 16,
+    generator: Generator | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Judged:
+    """Generate from the first ``count`` prompts of a split and judge the videos."""
+    captions, labels = world_prompts(world, split, count, seed=seed + 1)
+    began = time.monotonic()
+    videos = generate(system, captions, seed=seed, batch=batch, generator=generator, progress=progress)
+    seconds = (time.monotonic() - began) / count
+    scores, interval = judge_videos(videos, labels, world)
+    return Judged(videos, scores, interval, seconds, count_parameters(system.params[DENOISER]))
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A codec on clips it was not trained on. PSNR in dB (peak 255) and SSIM, mean over clips."""
+
+    videos: UInt8[np.ndarray, "n t h w 3"]
+    psnr: float
+    ssim: float
+
+
+def reconstruct(config: CodecConfig, params: Params, clips: UInt8[np.ndarray, "n t h w 3"]) -> Reconstruction:
+    """Encode (posterior mean) and decode clips of one size, and compare."""
+    codec = definition(config)
+
+    @jax.jit
+    def through(params: Params, video: jax.Array) -> jax.Array:
+        network = codec.bind(params)
+        return network.decode(posterior(network.encode(video)).mean)
+
+    made = np.concatenate([to_uint8(through(params, jnp.asarray(from_uint8(clip[None])))) for clip in clips])
+    psnr = [peak_signal_noise_ratio(a, b, data_range=255) for a, b in zip(clips, made, strict=True)]
+    ssim = [
+        structural_similarity(frame, other, channel_axis=-1, data_range=255)
+        for clip, copy in zip(clips, made, strict=True)
+        for frame, other in zip(clip[::8], copy[::8], strict=True)
+    ]
+    return Reconstruction(made, float(np.mean(psnr)), float(np.mean(ssim)))
+
+
+def accuracy_row(name: str, judged: Judged, baseline: Judged | None = None) -> list[str]:
+    """A row of the main table: parameters, accuracy by attribute, mean with interval, share of the baseline."""
+    scores = judged.scores
+    low, high = judged.interval
+    kept = "" if baseline is None else f"{scores.mean / max(baseline.scores.mean, 1e-9):.1%}"
+    return [
+        name,
+        f"{judged.parameters / 1e6:.2f} M",
+        *(f"{scores.accuracy[attribute]:.0%}" for attribute in ATTRIBUTES),
+        f"{scores.mean:.1%}  [{low:.1%}, {high:.1%}]",
+        kept,
+        f"{judged.seconds:.2f}",
+    ]
+
+
+ACCURACY_COLUMNS = [
+    "system",
+    "denoiser",
+    *ATTRIBUTES,
+    "mean [95 %]",
+    "of teacher",
+    "s / video",
+]

@@ -1,0 +1,187 @@
+"""Pyramidal flow matching (arXiv 2410.05954): the teacher's training and the first stage of recovery after pruning.
+
+One packed forward trains all stages: the batch is dealt into columns, each of which trains one stage, and a column's
+rows may stand at different units of their videos. Text encoders are trained along or frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from nd_jax.errors import UserError
+from nd_jax.models import mmdit
+from nd_jax.models.functional import Params
+from nd_jax.models.hooks import ShardingHooks
+from nd_jax.models.system import CODEC, DENOISER, TEXT_PARTS, SystemConfig, TextTokens, encode_text, init_system
+from nd_jax.pyramid.columns import column_stages
+from nd_jax.pyramid.examples import flow_example, history_noise_shapes
+from nd_jax.pyramid.layout import envelopes, layout_arrays
+from nd_jax.pyramid.normalise import LatentStats
+from nd_jax.pyramid.schedule import Schedule
+from nd_jax.pyramid.targets import per_sample_loss
+from nd_jax.training.optim import FROZEN, OptimConfig, make_optimizer, value_and_grad
+from nd_jax.training.sharding import DEFAULT_TABLE, Rule, Rules
+from nd_jax.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class FlowRecipeConfig:
+    """What a flow-matching run does besides its optimizer (paper, section 3; REFERENCE numbers as defaults)."""
+
+    batch: int = 64
+    """Videos per update; a multiple of the sum of ``stage_mix``."""
+    stage_mix: tuple[int, ...] = (1, 2, 1)
+    """Shares of the batch that train each stage, lowest resolution first."""
+    corrupt_ratio: float = 1 / 3
+    """Largest noise strength in the history."""
+    caption_dropout: float = 0.1
+    """Share of prompts replaced by the empty one, for guidance."""
+    balanced: bool = True
+    """Rows that train the top stage at unit u go with rows that train the others at unit U - 1 - u, so that every
+    update sees equally long histories. Otherwise units are drawn independently."""
+    train_text: bool = True
+    """Train the text encoders along with the denoiser."""
+    microbatches: int = 1
+    remat: str = "none"
+    dtype: str = "float32"
+    """Compute dtype; norms, softmax, rotary embeddings, timesteps and losses are float32 in any case."""
+    ema_decay: float = 0.999
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.95, weight_decay=1e-4, warmup_steps=1000))
+
+
+class FlowRecipe:
+    """The flow-matching recipe for the loop.
+
+    Batches: ``latents`` float32 [N, U, h, w, C] as the codec gives them, and the prompts' ids, ``t5_ids``/``t5_mask``
+    [N, S], ``clip_ids``, ``clip_2_ids`` [N, S2], int32. Row n trains the stage of column ``n % G``.
+    ``init`` takes a system's parameters, or none for fresh ones.
+    """
+
+    def __init__(
+        self,
+        system: SystemConfig,
+        config: FlowRecipeConfig,
+        *,
+        schedule: Schedule,
+        stats: LatentStats,
+        units: int,
+        height: int,
+        width: int,
+        text_length: int,
+        clip_length: int,
+        hooks: ShardingHooks | None = None,
+        table: tuple[Rule, ...] = DEFAULT_TABLE,
+    ):
+        self.system, self.config, self.schedule, self.stats = system, config, schedule, stats
+        self.units, self.size = units, (height, width)
+        self.lengths = (text_length, clip_length)
+        self.columns = column_stages(config.stage_mix)
+        if len(config.stage_mix) != schedule.stages or config.batch % len(self.columns):
+            raise UserError(
+                f"flow matching: batch {config.batch} and stage mix {config.stage_mix}; expected one share for each of "
+                f"the {schedule.stages} stages and a batch that is a multiple of their sum"
+            )
+        dtype = jnp.dtype(config.dtype)
+        self.definitions = system.definitions(dtype)
+        self.definitions[DENOISER] = mmdit.definition(system.diffusion_transformer, dtype=dtype, hooks=hooks)
+        frozen = () if config.train_text else (Rule(rf"^({'|'.join(TEXT_PARTS)})/", label=FROZEN),)
+        self.rules = Rules(frozen + table)
+        self.optimizer = make_optimizer(config.optim, self.rules)
+        patch = system.diffusion_transformer.patch_size
+        stages = envelopes(units - 1, text_length, height, width, patch_size=patch, stages=schedule.stages)
+        self.envelopes = [stages[stage] for stage in self.columns]
+        self._grads = value_and_grad(self.loss, config.microbatches)
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        n, (text, clip) = self.config.batch, self.lengths
+        latents = (n, self.units, *self.size, self.system.diffusion_transformer.in_channels)
+        ids = {"t5_ids": text, "t5_mask": text, "clip_ids": clip, "clip_2_ids": clip}
+        spec = {name: jax.ShapeDtypeStruct((n, length), jnp.int32) for name, length in ids.items()}
+        return {"latents": jax.ShapeDtypeStruct(latents, jnp.float32), **spec}
+
+    def init(self, key: jax.Array, *given: Params) -> TrainState:
+        parts = tuple(name for name in self.definitions if name != CODEC)
+        params = {name: given[0][name] for name in parts} if given else init_system(self.definitions, key, parts)
+        return TrainState.create(params, self.optimizer, jax.random.fold_in(key, 1), ema=True)
+
+    def draws(self, key: jax.Array) -> dict[str, Any]:
+        """All randomness of one update; every array starts with [B] = batch / columns.
+
+        Per column: ``unit`` int32 and ``uniform``, ``corrupt`` in [0, 1) as [B, G]; ``noise`` [B, G, 1, h, w, C];
+        ``history`` a list of one tuple of arrays per column.
+        """
+        groups, channels = len(self.columns), self.system.diffusion_transformer.in_channels
+        rows = self.config.batch // groups
+        keys = jax.random.split(key, 5)
+        if self.config.balanced:
+            top = jax.random.randint(keys[0], (rows, 1), 0, self.units)
+            is_top = jnp.array([stage == self.schedule.stages - 1 for stage in self.columns])
+            unit = jnp.where(is_top, top, self.units - 1 - top)
+        else:
+            unit = jax.random.randint(keys[0], (rows, groups), 0, self.units)
+        history = []
+        for group, envelope in enumerate(self.envelopes):
+            shapes = history_noise_shapes(envelope, rows, channels)
+            clip_keys = jax.random.split(jax.random.fold_in(keys[4], group), max(len(shapes), 1))
+            history.append(tuple(jax.random.normal(k, s) for k, s in zip(clip_keys, shapes, strict=False)))
+        return {
+            "unit": unit,
+            "uniform": jax.random.uniform(keys[1], (rows, groups)),
+            "corrupt": jax.random.uniform(keys[2], (rows, groups)),
+            "noise": jax.random.normal(keys[3], (rows, groups, 1, *self.size, channels)),
+            "history": history,
+        }
+
+    def loss(self, params: Params, examples: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
+        """Mean squared velocity error over all rows, and each stage's mean.
+
+        ``examples`` holds the batch as [B, G, ...] and the arrays of ``draws``.
+        """
+        tokens = TextTokens(*(examples[name].reshape(-1, examples[name].shape[-1]) for name in TextTokens._fields))
+        if not self.config.train_text:
+            params = {name: jax.lax.stop_gradient(p) if name in TEXT_PARTS else p for name, p in params.items()}
+        conditions = encode_text(self.definitions, params, tokens)
+        groups, built = len(self.columns), []
+        for group, envelope in enumerate(self.envelopes):
+            unit = examples["unit"][:, group]
+            example = flow_example(
+                envelope,
+                self.schedule,
+                self.stats.normalise(examples["latents"][:, group]),
+                unit,
+                uniform=examples["uniform"][:, group],
+                noise=examples["noise"][:, group],
+                corrupt_uniform=examples["corrupt"][:, group],
+                history_noise=examples["history"][group],
+                corrupt_ratio=self.config.corrupt_ratio,
+            )
+            built.append((example, layout_arrays(envelope, unit, conditions.mask[group::groups])))
+        timesteps = jnp.stack([example.timestep for example, _ in built], axis=1).reshape(-1)
+        predictions = self.definitions[DENOISER](
+            params[DENOISER],
+            [example.clips for example, _ in built],
+            conditions.text,
+            conditions.pooled,
+            timesteps,
+            [layout for _, layout in built],
+            remat=self.config.remat,
+        )
+        losses = [per_sample_loss(p, example.target) for p, (example, _) in zip(predictions, built, strict=True)]
+        stages = sorted(set(self.columns))
+        by_stage = {
+            f"stage_{stage}": jnp.mean(jnp.stack([x for x, s in zip(losses, self.columns, strict=True) if s == stage]))
+            for stage in stages
+        }
+        return jnp.mean(jnp.stack(losses)), by_stage
+
+    def step(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict]:
+        groups = len(self.columns)
+        examples = {name: x.reshape(-1, groups, *x.shape[1:]) for name, x in batch.items()}
+        grads, metrics = self._grads(state.params, examples | self.draws(state.step_key()))
+        state, optim_metrics = state.advance(grads, self.optimizer, ema_decay=self.config.ema_decay)
+        return state, {"loss": metrics.pop("loss"), "flow": metrics, "optim": optim_metrics}

@@ -1,0 +1,115 @@
+"""What a preset is: the networks, the videos, how each recipe is run and how videos are sampled."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nd_jax.errors import UserError
+from nd_jax.models.system import SystemConfig
+from nd_jax.pyramid.schedule import Schedule
+from nd_jax.recipes.codec import CodecRecipeConfig
+from nd_jax.recipes.flow_matching import FlowRecipeConfig
+from nd_jax.training.loop import LoopConfig
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """The videos of a preset, and how long its prompts may be."""
+
+    height: int = 320
+    """Pixels."""
+    width: int = 512
+    """Pixels."""
+    frames: int = 49
+    """1 + 8k."""
+    fps: int = 24
+    text_length: int = 128
+    """T5 tokens."""
+    clip_length: int = 77
+    """CLIP tokens."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How videos are sampled. ``first_`` is for a unit without history, ``later_`` for all others."""
+
+    first_steps: tuple[int, ...] = (20, 20, 20)
+    """Euler steps per stage, lowest resolution first."""
+    later_steps: tuple[int, ...] = (10, 10, 10)
+    first_guidance: float = 7.0
+    """v_uncond + w (v_cond - v_uncond); 0 runs the denoiser once per step, without a negative prompt."""
+    later_guidance: float = 5.0
+    grid: str = "official"
+    """"official" (its last step covers a thousandth) or "plain" (even steps)."""
+
+
+@dataclass(frozen=True)
+class CodecRun:
+    """A codec run: recipe and loop."""
+
+    recipe: CodecRecipeConfig = field(default_factory=CodecRecipeConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
+class FlowRun:
+    """A flow-matching run: recipe and loop."""
+
+    recipe: FlowRecipeConfig = field(default_factory=FlowRecipeConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything `nd-jax train` needs to know. ``runs`` maps a run's name to its settings."""
+
+    name: str
+    system: SystemConfig
+    video: VideoConfig
+    sampling: SamplingConfig
+    runs: Mapping[str, CodecRun | FlowRun]
+    schedule: Schedule = field(default_factory=Schedule)
+    world: str | None = None
+    """The shapes world it trains on, if any."""
+    tokenizer_vocabulary: int = 512
+    """Pieces of the T5 tokenizer that is trained for a shapes world; CLIP's has twice as many."""
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """Latent frames, height and width."""
+        codec = self.system.causal_video_vae
+        frames = 1 + (self.video.frames - 1) // codec.time_scale
+        return frames, self.video.height // codec.space_scale, self.video.width // codec.space_scale
+
+    def run(self, name: str) -> CodecRun | FlowRun:
+        """The run of that name. Raises UserError listing the runs for any other."""
+        if name not in self.runs:
+            raise UserError(f"preset {self.name}: no run {name!r}, expected one of {', '.join(self.runs)}")
+        return self.runs[name]
+
+
+def preset_names() -> list[str]:
+    """Every preset there is: the modules of ``configs/``."""
+    package = importlib.import_module("nd_jax.configs")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def load_preset(name: str) -> Preset:
+    """The preset of that name. Raises UserError listing the presets for any other."""
+    if name not in preset_names():
+        raise UserError(f"unknown preset {name!r}, expected one of {', '.join(preset_names())}")
+    return importlib.import_module(f"nd_jax.configs.{name}").PRESET
+
+
+def as_settings(value: Any) -> Any:
+    """A config dataclass as JSON-able content, to be stored beside what it made."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: as_settings(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_settings(item) for key, item in value.items()}
+    return [as_settings(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,144 @@
+"""A self-contained report.html: tables, curves and playable videos in one file that needs no network.
+
+Everything that came from outside (captions, names) is escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns; the cell that carries the row's message may be set in bold with ``strong``."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    note: str = ""
+    kind: str = field(default="table", init=False)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Videos (mp4 paths) side by side: one row per caption, one column per system."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Path | None]]]
+    note: str = ""
+    kind: str = field(default="gallery", init=False)
+
+    @property
+    def sources(self) -> list[tuple[str, list[str | None]]]:
+        return [
+            (caption, [data_uri(path, "video/mp4") if path else None for path in paths]) for caption, paths in self.rows
+        ]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Panels of lines, each ``{label: (xs, ys)}``, drawn as one picture."""
+
+    title: str
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+    x_label: str = "step"
+    log_y: bool = True
+    note: str = ""
+    kind: str = field(default="picture", init=False)
+
+    @property
+    def picture(self) -> Markup:
+        figure, axes = plt.subplots(1, len(self.panels), figsize=(5.2 * len(self.panels), 3.2), squeeze=False)
+        for axis, (name, lines) in zip(axes[0], self.panels.items(), strict=True):
+            for label, (xs, ys) in lines.items():
+                axis.plot(xs, ys, label=label, linewidth=1.4)
+            axis.set(title=name, xlabel=self.x_label)
+            if self.log_y:
+                axis.set_yscale("log")
+            axis.grid(alpha=0.25)
+            axis.legend(frameon=False, fontsize=8)
+        return svg(figure)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Grouped bars, ``{group: {label: height}}``, e.g. importance of every block for both kinds of token."""
+
+    title: str
+    groups: Mapping[str, Mapping[str, float]]
+    x_label: str
+    y_label: str
+    note: str = ""
+    kind: str = field(default="picture", init=False)
+
+    @property
+    def picture(self) -> Markup:
+        figure, axis = plt.subplots(figsize=(7, 3))
+        width = 0.8 / len(self.groups)
+        for number, (group, bars) in enumerate(self.groups.items()):
+            positions = [index + number * width for index in range(len(bars))]
+            axis.bar(positions, list(bars.values()), width, label=group)
+        labels = list(next(iter(self.groups.values())))
+        axis.set_xticks([index + 0.4 - width / 2 for index in range(len(labels))], labels)
+        axis.set(xlabel=self.x_label, ylabel=self.y_label)
+        axis.legend(frameon=False, fontsize=8)
+        return svg(figure)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """PNG files with a caption each."""
+
+    title: str
+    pictures: Sequence[tuple[str, Path]]
+    note: str = ""
+    kind: str = field(default="pictures", init=False)
+
+    @property
+    def sources(self) -> list[tuple[str, str]]:
+        return [(caption, data_uri(path, "image/png")) for caption, path in self.pictures]
+
+
+Section = Table | Gallery | Curves | Bars | Pictures
+
+
+def svg(figure) -> Markup:
+    """The figure as inline SVG; the figure is closed."""
+    text = io.StringIO()
+    figure.tight_layout()
+    figure.savefig(text, format="svg")
+    plt.close(figure)
+    return Markup(text.getvalue()[text.getvalue().index("<svg") :])  # matplotlib escapes its labels
+
+
+def data_uri(path: Path, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+
+def write_report(path: Path, title: str, lead: str, sections: Sequence[Section], footer: str = "") -> Path:
+    """Render ``sections`` to one HTML file, written whole or not at all."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nd_jax"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    html = environment.get_template("report.html.j2").render(title=title, lead=lead, sections=sections, footer=footer)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".part") as part:
+        part.write(html)
+    os.chmod(part.name, 0o644)
+    os.replace(part.name, path)
+    return path
