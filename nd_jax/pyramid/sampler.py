@@ -62,6 +62,13 @@ class SamplePlan:
             raise UserError(f"sampling: unknown step grid '{self.grid}', expected one of {', '.join(GRIDS)}")
 
 
+MONOLITHIC = SamplePlan((20, 20, 20), (10, 10, 10), 7.0, 5.0)
+"""The official multi-step plan, with guidance."""
+
+HYBRID = SamplePlan((1, 1, 1), (1, 1, 1))
+"""The official few-step plan after a given first frame, without guidance."""
+
+
 class Call(NamedTuple):
     """One denoiser call, for the trace. Arrays are on the device and possibly not computed yet.
 
