@@ -1,4 +1,4 @@
-"""How many units each stage trains on, so that every step costs the same (REFERENCE: Pyramid-Flow's length table)."""
+"""How many units each stage trains on, so that every step costs the same (Pyramid-Flow's length balancing)."""
 
 from __future__ import annotations
 
