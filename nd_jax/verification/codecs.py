@@ -1,0 +1,142 @@
+"""Video codec cases: encode and decode, whole, in chunks, tiled; activations; the posterior."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nd_jax.models import causal_vae
+from nd_jax.models.causal_vae import posterior
+from nd_jax.pyramid.normalise import NEODRAGON
+from nd_jax.verification.cases import Case, Outputs, Subcase
+from nd_jax.verification.layouts import from_torch, to_torch
+from nd_jax.verification.weights import load, parts_in, with_zeros
+
+ROWS = re.compile(r"video_rows_(\d+)_(\d+)")
+
+
+def in_chunks(function: Callable, x: jax.Array, window: int) -> jax.Array:
+    """``function(piece, state)`` over pieces of time: ``window`` + 1 frames, then ``window`` at a time."""
+    parts, state, start = [], None, 0
+    while start < x.shape[1]:
+        stop = start + window + (state is None)
+        part, state = function(x[:, start:stop], state)
+        parts.append(part)
+        start = stop
+    return jnp.concatenate(parts, axis=1)
+
+
+def one_by_one(function: Callable, x: jax.Array) -> jax.Array:
+    """``function(piece, state)`` over single frames."""
+    parts, state = [], None
+    for frame in range(x.shape[1]):
+        part, state = function(x[:, frame : frame + 1], state)
+        parts.append(part)
+    return jnp.concatenate(parts, axis=1)
+
+
+class Codec:
+    """A case's codec, and each subcase's way of using it."""
+
+    def __init__(self, case: Case):
+        self.config = causal_vae.config_from_dict(case.config)
+        # Some cases have the encoder's half of the weights only, some the decoder's.
+        parts = parts_in(case, "video_vae", self.config)
+        self.params = with_zeros(load(case, "video_vae", self.config, parts=parts), "video_vae", self.config)
+        self._compiled: dict[tuple, Callable] = {}
+
+    def compiled(self, method: str, tile: int | None = None, **options: Any) -> Callable:
+        """A method of the codec as a function of parameters and arrays; made once, so that its programs are kept."""
+        key = (method, tile, *sorted(options.items()))
+        if key not in self._compiled:
+            config = self.config if tile is None else dataclasses.replace(self.config, sample_size=tile)
+            definition = causal_vae.definition(config)
+            self._compiled[key] = jax.jit(
+                lambda params, *arrays: getattr(definition.bind(params), method)(*arrays, **options)
+            )
+        return partial(self._compiled[key], self.params)
+
+    def run(self, subcase: Subcase, method: str, x: jax.Array, **options: Any) -> jax.Array:
+        """``encode`` or ``decode`` in the mode that meta.json names."""
+        about = subcase.about
+        if "tile_sample_min_size" in about:
+            return self.compiled(f"{method}_tiled", subcase.parameter("tile_sample_min_size", int))(x)
+        if "window_size" in about:
+            return in_chunks(self.compiled(f"{method}_chunk"), x, subcase.parameter("window_size", int))
+        if "frame-by-frame" in str(about.get("note")) or "sequential" in subcase.name:
+            return one_by_one(self.compiled(f"{method}_chunk"), x)
+        return self.compiled(method, **options)(x)
+
+    def activations(self, subcase: Subcase, method: str, x: jax.Array) -> dict[str, jax.Array]:
+        """Outputs of the codec's stages by name."""
+
+        def staged(params: Any, x: jax.Array) -> dict[str, jax.Array]:
+            seen: dict[str, jax.Array] = {}
+            getattr(causal_vae.definition(self.config).bind(params), method)(x, activations=seen)
+            return seen
+
+        return jax.jit(staged)(self.params, x)
+
+    def encode(self, subcase: Subcase) -> Outputs:
+        video = from_torch(subcase.input("video"))
+        moments = self.run(subcase, "encode", video)
+        yield "moments", to_torch(moments)
+        yield from self.posterior(subcase, moments)
+        if any(output.startswith("act/") for output in subcase.outputs):
+            yield from kept(subcase, self.activations(subcase, "encode", video))
+        if "latent_mean" in subcase.outputs:
+            mean = posterior(moments).mean
+            yield "latent_mean", to_torch(mean)
+            yield "video", to_torch(self.run(subcase, "decode", mean))
+
+    def posterior(self, subcase: Subcase, moments: jax.Array) -> Outputs:
+        code = posterior(moments)
+        yield from ((name, to_torch(getattr(code, name))) for name in ("mean", "logvar", "std"))
+        if "noise" in subcase.inputs:
+            latent = code.sample(from_torch(subcase.inputs["noise"]))
+            yield "latent", to_torch(latent)
+            yield "scaled_latent", to_torch(NEODRAGON.normalise(latent))
+
+    def decode(self, subcase: Subcase) -> Outputs:
+        latent = from_torch(subcase.input("latent"))
+        options = {"drop_first": False} if "is_init_image=False" in str(subcase.about.get("mode")) else {}
+        video = to_torch(self.run(subcase, "decode", latent, **options))
+        yield "video", video
+        yield "frame_means", video.mean(axis=(3, 4))
+        for output in subcase.outputs:
+            if match := ROWS.fullmatch(output):
+                yield output, video[:, :, :, int(match[1]) : int(match[2])]
+        if any(output.startswith(("act/", "block/", "post_quant")) for output in subcase.outputs):
+            seen = self.activations(subcase, "decode", latent)
+            yield "post_quant", to_torch(seen["post_quant_conv"])
+            yield from kept(subcase, seen)
+            for name, x in seen.items():
+                yield f"block/{name}", to_torch(x.reshape(-1, *x.shape[2:]))
+
+
+def kept(subcase: Subcase, activations: dict[str, jax.Array]) -> Outputs:
+    """Activations of as many first frames as the case recorded."""
+    for name, x in activations.items():
+        recorded = subcase.outputs.get(f"act/{name}")
+        if recorded is not None:
+            yield f"act/{name}", to_torch(x)[:, :, : recorded.shape[2]]
+
+
+def recompute(case: Case) -> Callable[[Subcase], Outputs]:
+    """Load the codec once; the function returned recomputes one subcase."""
+    codec = Codec(case)
+
+    def outputs(subcase: Subcase) -> Outputs:
+        if "video" in subcase.inputs:
+            return codec.encode(subcase)
+        if "latent" in subcase.inputs:
+            return codec.decode(subcase)
+        return codec.posterior(subcase, from_torch(subcase.input("moments")))
+
+    return outputs

@@ -1,0 +1,22 @@
+"""ContextAdapter cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from nd_jax.models import context_adapter
+from nd_jax.verification.cases import Case, Outputs, Subcase
+from nd_jax.verification.weights import load
+
+
+def recompute(case: Case) -> Callable[[Subcase], Outputs]:
+    """Load the weights once; the function returned recomputes one subcase."""
+    config = context_adapter.ContextAdapterConfig.from_dict(case.config)
+    params, run = load(case, "context_adapter", config), jax.jit(context_adapter.definition(config))
+
+    def outputs(subcase: Subcase) -> Outputs:
+        yield "y", run(params, subcase.input("x"))
+
+    return outputs
