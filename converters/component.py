@@ -20,12 +20,12 @@ from nd_jax.converters.checked_files import read_json, shown
 from nd_jax.converters.checkpoint_files import Checkpoint, open_checkpoint
 from nd_jax.converters.dtypes import STORED, TORCH_NAME, parameter_dtype
 from nd_jax.converters.kinds import TRANSFORMERS, WRONG_VALUE, Kind, detect_kind, get_kind, kind_of, read_config
-from nd_jax.converters.new_folder import new_folder
 from nd_jax.converters.safetensors_io import StoredTensor
 from nd_jax.converters.safetensors_write import SHARD_SIZE, write_checkpoint
 from nd_jax.converters.tables import Table, flatten
 from nd_jax.converters.transfer import Shardings, load_params, pending_tensors
 from nd_jax.errors import UserError
+from nd_jax.outputs import new_folder
 
 NATIVE_STEM = "params"
 _WRAPPER = "dit."  # training checkpoints keep the denoiser under this prefix, beside vae.* and text_encoder.*

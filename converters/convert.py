@@ -8,9 +8,9 @@ from pathlib import Path
 from nd_jax.converters.component import open_component
 from nd_jax.converters.dtypes import parameter_dtype
 from nd_jax.converters.folders import MARK, load_folder, write_folder
-from nd_jax.converters.new_folder import check_new
 from nd_jax.converters.safetensors_write import SHARD_SIZE
 from nd_jax.errors import UserError
+from nd_jax.outputs import check_new
 
 FORMAT_VERSION = 1
 

@@ -16,9 +16,9 @@ from typing import Any
 from nd_jax.converters.checked_files import PICKLES, parse_json, read_bytes, read_json, refuse_pickle, shown
 from nd_jax.converters.component import load_component, write_component
 from nd_jax.converters.kinds import detect_kind
-from nd_jax.converters.new_folder import new_folder
 from nd_jax.converters.safetensors_write import SHARD_SIZE
 from nd_jax.errors import UserError
+from nd_jax.outputs import new_folder
 
 # Component folder -> kind; None for networks that a later version will read.
 OFFICIAL: dict[str, str | None] = {

@@ -26,7 +26,7 @@ from nd_jax.models.causal_vae import definition, posterior
 from nd_jax.models.codec_config import CodecConfig
 from nd_jax.models.functional import Params, count_parameters
 from nd_jax.models.system import DENOISER
-from nd_jax.pyramid.normalise import from_uint8, to_uint8
+from nd_jax.pixels import from_uint8, to_uint8
 from nd_jax.system import VideoSystem
 
 

@@ -18,9 +18,9 @@ from nd_jax.errors import UserError
 from nd_jax.models.causal_vae import posterior
 from nd_jax.models.functional import Params
 from nd_jax.models.system import CODEC, DENOISER, Conditions
+from nd_jax.pixels import from_uint8, to_uint8
 from nd_jax.pyramid.layout import envelopes, layout_arrays, legal_multiple
 from nd_jax.pyramid.noise import block_noise_source, draw_initial_noise, draw_noise
-from nd_jax.pyramid.normalise import from_uint8, to_uint8
 from nd_jax.pyramid.sampler import CountingJit, SamplePlan, guide, sample, twice
 from nd_jax.recipes.preset import SamplingConfig
 from nd_jax.recipes.pruning import influence_reducer

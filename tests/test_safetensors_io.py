@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from nd_jax.converters.checkpoint_files import open_checkpoint
-from nd_jax.converters.new_folder import new_folder
 from nd_jax.converters.safetensors_io import TensorFile, read_tensors
 from nd_jax.converters.safetensors_write import Pending, pending, write_checkpoint
 from nd_jax.errors import UserError
+from nd_jax.outputs import new_folder
 
 EVERY_DTYPE = ["<f8", "<f4", "<f2", ml_dtypes.bfloat16, "<i8", "<i4", "<i2", "i1", "u1", "?"]
 

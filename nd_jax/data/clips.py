@@ -10,7 +10,7 @@ from typing import Any
 
 import av
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nd_jax.errors import UserError
@@ -126,11 +126,6 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt
         raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"image: {path} does not decode: {error}") from error
-
-
-def to_model(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """uint8 pixels to the networks' range, float32 in [-1, 1]."""
-    return np.asarray(pixels, np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def check_window(frames: int) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import tempfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,42 +14,12 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageDraw
 
 from nd_jax.errors import UserError
+from nd_jax.outputs import new_file
+from nd_jax.pixels import to_uint8
 
 # First one present wins. All but the last are H.264, which every browser plays; the last plays in desktop players.
 ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox", "mpeg4")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{k}" for port in ("com", "lpt") for k in range(1, 10))}
-
-
-def to_uint8(video: Shaped[np.ndarray, "*shape 3"]) -> UInt8[np.ndarray, "*shape 3"]:
-    """Networks' range [-1, 1] to pixels: clip(x * 127.5 + 127.5, 0, 255), truncated. uint8 passes unchanged."""
-    video = np.asarray(video)
-    if video.dtype == np.uint8:
-        return video
-    if not np.isfinite(video).all():
-        raise UserError("video: pixels are not finite (NaN or infinity), expected numbers in [-1, 1]")
-    return np.clip(video.astype(np.float32) * np.float32(127.5) + np.float32(127.5), 0, 255).astype(np.uint8)
-
-
-@contextlib.contextmanager
-def whole_file(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name when the block succeeds and vanishes when it fails."""
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists: use --overwrite to replace it")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, expected the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes it readable by its owner only
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_video(
@@ -80,7 +47,7 @@ def write_video(
     encoder = next((name for name in ENCODERS if name in av.codecs_available), None)
     if encoder is None:
         raise UserError(f"video: PyAV has none of the encoders {', '.join(ENCODERS)}: reinstall the av package")
-    with whole_file(path, overwrite=overwrite) as temporary:
+    with new_file(path, overwrite=overwrite) as temporary:
         _encode(temporary, pixels, fps, encoder)
     return path
 
@@ -125,7 +92,7 @@ def contact_sheet(
         rows.append(strip)
     width = max(row.shape[1] for row in rows)
     sheet = np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
-    with whole_file(path, overwrite=overwrite) as temporary:
+    with new_file(path, overwrite=overwrite) as temporary:
         Image.fromarray(sheet).save(temporary, format="PNG")
     return Path(path)
 

@@ -1,4 +1,4 @@
-"""Latent scaling and pixel ranges. Frame 0 of a video has statistics of its own: its codec sees no motion there."""
+"""Latent scaling. Frame 0 of a video has statistics of its own: its codec sees no motion there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from nd_jax.errors import UserError
 
@@ -74,14 +74,3 @@ NEODRAGON = LatentStats(shift=0.1490, scale=0.5430, video_shift=-0.2343, video_s
 
 PYRAMID_FLOW = LatentStats(shift=0.1490, scale=1 / 1.8415, video_shift=-0.2343, video_scale=1 / 3.0986)
 """The teacher's own, as used in its training."""
-
-
-def to_uint8(video: Float[Array, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """[-1, 1] -> 0 .. 255, clipped and truncated (not rounded). Numpy, on the host."""
-    scaled = np.asarray(video, np.float32) * np.float32(127.5) + np.float32(127.5)
-    return np.clip(scaled, 0, 255).astype(np.uint8)
-
-
-def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """0 .. 255 -> [-1, 1], float32. Numpy, on the host."""
-    return np.asarray(pixels, np.float32) / np.float32(127.5) - np.float32(1)

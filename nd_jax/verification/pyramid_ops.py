@@ -7,8 +7,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from nd_jax.pixels import from_uint8, to_uint8
 from nd_jax.pyramid.history import unit_history
-from nd_jax.pyramid.normalise import LatentStats, from_uint8, to_uint8
+from nd_jax.pyramid.normalise import LatentStats
 from nd_jax.pyramid.renoise import block_covariance, renoise
 from nd_jax.pyramid.resample import halve_noise, latent_pyramid
 from nd_jax.pyramid.sampler import twice
