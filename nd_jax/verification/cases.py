@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -58,10 +59,11 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
                 "expected plain numbers (pickled objects are refused)"
             )
         size = math.prod(shape) * dtype.itemsize
-        if size > member.file_size:
-            raise ValueError(f"{member.filename} claims {size} bytes and has fewer")
+        if min(shape, default=0) < 0 or size > member.file_size:
+            raise ValueError(f"{member.filename} claims shape {shape}, but has {member.file_size} bytes")
         data = stream.read(size)
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    return array.astype(dtype.newbyteorder("="), copy=False)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -78,16 +80,20 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                     f"expected at most {MAX_ARRAYS} and {MAX_ARRAY_BYTES}"
                 )
             return {m.filename.removesuffix(".npy"): _read_member(archive, m, path) for m in members}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise UserError(f"golden case: {path} is not a readable npz file ({error})") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One golden case. ``root`` is the folder of all cases; nothing outside of it is ever read."""
+    """One golden case. ``root`` is the folder of all cases; nothing outside of it is ever read.
+
+    Networks compute in ``dtype``.
+    """
 
     folder: Path
     root: Path
+    dtype: Any = np.float32
 
     @property
     def name(self) -> str:
@@ -126,14 +132,14 @@ class Case:
         """The case that meta.json names as the owner of the weights."""
         if not isinstance(name, str) or name != Path(name).name:
             raise UserError(f"golden case {self.name}: {name!r} is not a case name")
-        other = Case(self.folder.parent / name, self.root)
+        other = Case(self.folder.parent / name, self.root, self.dtype)
         if not other.file("config.json").is_file():
             raise UserError(f"golden case {self.name} needs the case {name!r}, which is not in {self.folder.parent}")
         return other
 
     def same_config(self) -> Iterator[Case]:
         """Other cases beside this one with an equal config.json and weights."""
-        for case in find_cases(self.folder.parent):
+        for case in find_cases(self.folder.parent, self.dtype):
             if case.name != self.name and case.file("weights.safetensors").is_file() and case.config == self.config:
                 yield case
 
@@ -217,13 +223,21 @@ class Subcase:
         return value
 
 
-def find_cases(folder: Path) -> list[Case]:
-    """The cases in ``folder`` (or ``folder`` itself, if it is one), by name. Raises ``UserError`` if there is none."""
+def find_cases(folder: Path, dtype: Any = np.float32) -> list[Case]:
+    """The cases in ``folder`` (or ``folder`` itself, if it is one), by name. Raises ``UserError`` if there is none.
+
+    A folder with any of a case's files counts, so that an incomplete one is an error and not overlooked.
+    """
     if not folder.is_dir():
         raise UserError(f"golden folder: {folder} is not a folder")
-    if (folder / "meta.json").is_file():
-        return [Case(folder, folder.parent)]
-    cases = [Case(path, folder) for path in sorted(folder.iterdir()) if (path / "meta.json").is_file()]
+
+    def is_case(path: Path) -> bool:
+        return path.is_dir() and any((path / name).exists() for name in ("meta.json", "inputs.npz", "outputs.npz"))
+
+    if is_case(folder):
+        folder = folder.resolve()
+        return [Case(folder, folder.parent, dtype)]
+    cases = [Case(path, folder, dtype) for path in sorted(folder.iterdir()) if is_case(path)]
     if not cases:
         raise UserError(
             f"golden folder: no case in {folder}; expected folders with config.json, meta.json and npz files"

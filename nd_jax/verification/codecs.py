@@ -16,7 +16,7 @@ from nd_jax.models.causal_vae import posterior
 from nd_jax.pyramid.normalise import NEODRAGON
 from nd_jax.verification.cases import Case, Outputs, Subcase
 from nd_jax.verification.layouts import from_torch, to_torch
-from nd_jax.verification.weights import load, parts_in, with_zeros
+from nd_jax.verification.weights import load, parts_in, read_config, with_zeros
 
 ROWS = re.compile(r"video_rows_(\d+)_(\d+)")
 
@@ -45,10 +45,11 @@ class Codec:
     """A case's codec, and each subcase's way of using it."""
 
     def __init__(self, case: Case):
-        self.config = causal_vae.config_from_dict(case.config)
+        self.config = read_config(case, "video_vae")
         # Some cases have the encoder's half of the weights only, some the decoder's.
         parts = parts_in(case, "video_vae", self.config)
         self.params = with_zeros(load(case, "video_vae", self.config, parts=parts), "video_vae", self.config)
+        self.dtype = case.dtype
         self._compiled: dict[tuple, Callable] = {}
 
     def compiled(self, method: str, tile: int | None = None, **options: Any) -> Callable:
@@ -56,7 +57,7 @@ class Codec:
         key = (method, tile, *sorted(options.items()))
         if key not in self._compiled:
             config = self.config if tile is None else dataclasses.replace(self.config, sample_size=tile)
-            definition = causal_vae.definition(config)
+            definition = causal_vae.definition(config, dtype=self.dtype)
             self._compiled[key] = jax.jit(
                 lambda params, *arrays: getattr(definition.bind(params), method)(*arrays, **options)
             )
@@ -78,7 +79,7 @@ class Codec:
 
         def staged(params: Any, x: jax.Array) -> dict[str, jax.Array]:
             seen: dict[str, jax.Array] = {}
-            getattr(causal_vae.definition(self.config).bind(params), method)(x, activations=seen)
+            getattr(causal_vae.definition(self.config, dtype=self.dtype).bind(params), method)(x, activations=seen)
             return seen
 
         return jax.jit(staged)(self.params, x)

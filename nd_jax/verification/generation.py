@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from nd_jax.converters.kinds import kind_of
 from nd_jax.errors import UserError
 from nd_jax.models.causal_vae import posterior
 from nd_jax.pyramid.layout import Envelope, envelopes, layout_arrays
-from nd_jax.pyramid.normalise import NEODRAGON, from_uint8, to_uint8
+from nd_jax.pixels import from_uint8, to_uint8
+from nd_jax.pyramid.normalise import NEODRAGON
 from nd_jax.pyramid.sampler import Call, SamplePlan, Velocity, guide, sample, twice
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.verification.cases import Case, Outputs, Subcase
@@ -38,6 +40,7 @@ class Pipeline:
         self.dit_config, self.dit, self.dit_params = module("diffusion_transformer")
         _, self.vae, self.vae_params = module("causal_video_vae")
         self.text_encoder, self.adapter = jax.jit(text_encoder), jax.jit(adapter)
+        self._denoise = jax.jit(self.denoise, static_argnames=("envelope", "guided"))
 
     def prompts(self, subcase: Subcase) -> Outputs:
         """The text encoder against the recorded embeddings, and the adapter on top of those."""
@@ -55,22 +58,19 @@ class Pipeline:
             jnp.concatenate([jnp.asarray(prompt.input(f"{side}/{name}")) for side in sides])
             for name in ("prompt_embeds", "attention_mask", "pooled")
         )
-        text = self.adapter(self.adapter_params, embeds)
+        prompt_arrays = (self.adapter(self.adapter_params, embeds), mask, pooled)
+        return lambda stage: partial(
+            self._denoise, self.dit_params, prompt_arrays, envelope=stages[stage], guided=guided
+        )
 
-        def make(envelope: Envelope) -> Velocity:
-            @jax.jit
-            def velocity(params, z, timestep, history, unit_index, guidance):
-                clips = [*history, z]
-                if guided:
-                    clips, timestep = [twice(clip) for clip in clips], twice(timestep)
-                layout = layout_arrays(envelope, unit_index, mask)
-                (prediction,) = self.dit(params, [clips], text, pooled, timestep, [layout])
-                return guide(prediction, guidance) if guided else prediction
-
-            return lambda *arguments: velocity(self.dit_params, *arguments)
-
-        made = [make(envelope) for envelope in stages]
-        return lambda stage: made[stage]
+    def denoise(self, params, prompt, z, timestep, history, unit_index, guidance, *, envelope, guided):
+        """Velocity at one stage; traced."""
+        clips, (text, mask, pooled) = [*history, z], prompt
+        if guided:
+            clips, timestep = [twice(clip) for clip in clips], twice(timestep)
+        layout = layout_arrays(envelope, unit_index, mask)
+        (prediction,) = self.dit(params, [clips], text, pooled, timestep, [layout])
+        return guide(prediction, guidance) if guided else prediction
 
     def first_latent(self, subcase: Subcase) -> Float[Array, "1 1 h w c"] | None:
         """The normalised posterior sample of the given image, if there is one."""

@@ -17,7 +17,7 @@ from nd_jax.verification import mmdit_pieces
 from nd_jax.verification.cases import Case, Outputs, Subcase
 from nd_jax.verification.layouts import from_torch, to_torch
 from nd_jax.verification.samples import Clips, clips_of, layouts_of
-from nd_jax.verification.weights import load, torch_tensors
+from nd_jax.verification.weights import load, read_config, torch_tensors
 
 
 class Denoiser:
@@ -25,7 +25,7 @@ class Denoiser:
 
     def __init__(self, case: Case, config: mmdit.MMDiTConfig):
         self.config, self.params = config, load(case, "mmdit", config)
-        self.definition = mmdit.definition(config)
+        self.definition = mmdit.definition(config, dtype=case.dtype)
         self._run = jax.jit(self.definition, static_argnames="return_blocks")
 
     def __call__(self, subcase: Subcase, sample: Clips, timestep: Float[Array, " n"], **options: Any) -> Any:
@@ -60,7 +60,7 @@ def predictions(values: Sequence[Float[Array, "b t h w c"]]) -> Outputs:
 
 def recompute(case: Case) -> Callable[[Subcase], Outputs]:
     """Load the denoiser once; the function returned recomputes one subcase."""
-    config = mmdit.MMDiTConfig.from_dict(case.config)
+    config = read_config(case, "mmdit")
     whole = any("/pred/" in name for name in case.outputs)
     denoiser = Denoiser(case, config) if whole else None
     pieces = mmdit_pieces.Pieces(case, config)

@@ -22,7 +22,8 @@ class Status(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """``error`` is the largest absolute difference (infinite for another shape or NaN), ``None`` where not compared."""
+    """``error`` is the largest absolute difference, or the relative one if the tolerance is; infinite for another
+    shape or NaN, ``None`` where not compared."""
 
     case: str
     subcase: str
@@ -34,7 +35,7 @@ class Row:
 
 
 def compare(case: str, subcase: str, output: str, value: Any, expected: np.ndarray, allowed: Tolerance) -> Row:
-    """Largest absolute difference, taken in float64 (integers exactly), against the tolerance."""
+    """The difference, taken in float64 (integers exactly), against the tolerance."""
     value = np.asarray(value)
     if value.shape != expected.shape:
         note = f"shape {value.shape}, expected {expected.shape}"
@@ -44,8 +45,10 @@ def compare(case: str, subcase: str, output: str, value: Any, expected: np.ndarr
     else:
         difference = np.abs(value.astype(np.float64) - expected.astype(np.float64))
     error = float(difference.max(initial=0.0))
+    if allowed.relative:
+        error = float(np.linalg.norm(difference) / max(np.linalg.norm(expected.astype(np.float64)), 1e-30))
     note = ""
     if np.isnan(error):
         error, note = float("inf"), "not finite"
-    status = Status.PASS if error <= allowed.absolute else Status.FAIL
+    status = Status.PASS if error <= allowed.limit else Status.FAIL
     return Row(case, subcase, output, status, error, allowed, note)

@@ -8,13 +8,13 @@ import jax
 
 from nd_jax.models import t5
 from nd_jax.verification.cases import Case, Outputs, Subcase
-from nd_jax.verification.weights import load
+from nd_jax.verification.weights import load, read_config
 
 
 def recompute(case: Case) -> Callable[[Subcase], Outputs]:
     """Load the weights once; the function returned recomputes one subcase."""
-    config = t5.T5Config.from_dict(case.config)
-    params, run = load(case, "t5", config), jax.jit(t5.definition(config))
+    config = read_config(case, "t5")
+    params, run = load(case, "t5", config), jax.jit(t5.definition(config, dtype=case.dtype))
 
     def outputs(subcase: Subcase) -> Outputs:
         if "relative_position" in subcase.inputs:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.pyramid.columns import column, column_stages, interleave
 from nd_jax.pyramid.examples import FlowExample, exact_example
 from nd_jax.pyramid.lengths import balanced_lengths
@@ -18,6 +17,7 @@ from nd_jax.pyramid.targets import flow_loss, noisy_clip, table_entry
 from nd_jax.verification.cases import Case, Outputs, Subcase
 from nd_jax.verification.layouts import from_torch, to_torch
 from nd_jax.verification.mmdit import Denoiser, predictions
+from nd_jax.verification.weights import read_config
 
 
 def lengths(subcase: Subcase) -> Outputs:
@@ -50,7 +50,7 @@ class Training:
         self.schedule = Schedule.from_dict(config | {"stages": len(config["stages"])})
         self.ratio = config["corrupt_ratio"]
         owner = case.sibling(case.meta["weights_of_case"]) if "weights_of_case" in case.meta else case
-        self.denoiser = Denoiser(owner, MMDiTConfig.from_dict(config["dit"]))
+        self.denoiser = Denoiser(owner, read_config(owner, "mmdit", config["dit"]))
 
     def example(self, subcase: Subcase, index: int, stage: int, columns: int) -> FlowExample:
         """One column: with ``units_per_stage`` a unit and its history, otherwise the whole clip at once."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nd_jax.converters import kinds
 from nd_jax.converters.kinds import get_kind
 from nd_jax.converters.safetensors_io import TensorFile
 from nd_jax.converters.transfer import load_params
@@ -16,6 +17,20 @@ from nd_jax.models.functional import Params
 from nd_jax.verification.cases import Case
 
 WEIGHTS = "weights.safetensors"
+
+
+def read_config(case: Case, network: str, content: dict[str, Any] | None = None) -> Any:
+    """The network's config dataclass, from the case's config.json (or ``content``) and the names of its tensors.
+
+    Raises:
+        UserError: for values that are not supported.
+    """
+    names: set[str] = set()
+    if case.file(WEIGHTS).is_file():
+        with TensorFile(case.file(WEIGHTS)) as tensors:
+            names = set(tensors)
+    content = case.config if content is None else content
+    return kinds.read_config(get_kind(network), content, str(case.file("config.json")), names)
 
 
 def load(case: Case, network: str, config: Any, *, parts: Sequence[str] | None = None) -> Params:
