@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from nd_jax.errors import UserError
 from nd_jax.models.attention import causal_mask
 from nd_jax.models.embeddings import PatchEmbed, TimeTextEmbed
-from nd_jax.models.functional import Definition
+from nd_jax.models.functional import Definition, Params
 from nd_jax.models.hooks import ShardingHooks
 from nd_jax.models.mmdit_block import Block, Group, LastBlock, spread, xavier
 from nd_jax.models.mmdit_config import MMDiTConfig
@@ -25,15 +26,7 @@ from nd_jax.models.norms import AdaLayerNorm, modulate
 from nd_jax.models.positions import rope_tables, spatial_positions
 from nd_jax.models.stacked import stack
 
-__all__ = ["BlockStates", "Layout", "MMDiT", "MMDiTConfig", "definition"]
-
-REMAT = {
-    "none": lambda body: body,
-    "full": lambda body: jax.checkpoint(body, prevent_cse=False),
-    "dots": lambda body: jax.checkpoint(
-        body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
-}
+__all__ = ["BlockStates", "Layout", "MMDiT", "MMDiTConfig", "definition", "unstack"]
 
 
 class Layout(Protocol):
@@ -107,8 +100,6 @@ class MMDiT(nnx.Module):
         Raises:
             UserError: inputs whose sizes do not fit each other or the network.
         """
-        if (remat or "none") not in REMAT:
-            raise UserError(f"MMDiT: remat is {remat!r}; supported: {', '.join(map(repr, REMAT))}")
         sample = [clips if isinstance(clips, Sequence) else [clips] for clips in sample]
         self._check(sample, text, pooled, timestep, layouts)
         image, groups = self._tokens(sample, layouts)
@@ -129,20 +120,41 @@ class MMDiT(nnx.Module):
             )
             return (new_image, new_text), out
 
-        (image, text), (states, reduced) = jax.lax.scan(REMAT[remat or "none"](body), (image, text), stacked)
+        (image, text), (states, reduced) = over_layers(self._remat(body, remat, looped=True), (image, text), stacked)
         image, text = self.hooks.constrain(image, "image"), self.hooks.constrain(text, "text")
-        last_block = self._ready(self.last_block)
-        last = REMAT[remat or "none"](lambda i, t, c: last_block(i, t, c, groups, history=return_blocks))
-        image = self.hooks.constrain(last(image, text, conditioning), "image")
+        graphdef, state = nnx.split(self.last_block)
+
+        def last(image, text, state):
+            return self._ready(nnx.merge(graphdef, state))(image, text, conditioning, groups, history=return_blocks)
+
+        image = self.hooks.constrain(self._remat(last, remat, looped=False)(image, text, state), "image")
         predictions = self._predict(image, conditioning, groups, sample, history=return_blocks)
         extras = ([BlockStates(*states, image)] if return_blocks else []) + ([reduced] if reducer else [])
         return (predictions, *extras) if extras else predictions
+
+    def _remat(self, body: Callable, remat: str | None, *, looped: bool) -> Callable:
+        """``body`` keeping for the backward pass what ``remat`` says, but never a gathered weight.
+
+        In a loop the compiler cannot undo this by merging equal expressions; outside it has to be prevented.
+        """
+        policies = jax.checkpoint_policies
+        policy = {
+            "none": policies.save_anything_except_these_names("gathered"),
+            "full": policies.nothing_saveable,
+            "dots": policies.dots_with_no_batch_dims_saveable,
+        }.get(remat or "none")
+        if policy is None:
+            raise UserError(f"MMDiT: remat is {remat!r}; supported: 'none', 'full', 'dots'")
+        if remat in (None, "none") and self.hooks.weights is None:
+            return body
+        return jax.checkpoint(body, prevent_cse=not looped, policy=policy)
 
     def _ready(self, module: nnx.Module, dtype: jnp.dtype | None = None) -> nnx.Module:
         """The module with its kernels in the compute dtype and every weight passed through the sharding hook."""
 
         def ready(path, w):
-            return self.hooks.gather(w.astype(dtype or self.dtype) if path[-1] == "kernel" else w)
+            w = w.astype(dtype or self.dtype) if path[-1] == "kernel" else w
+            return w if self.hooks.weights is None else checkpoint_name(self.hooks.gather(w), "gathered")
 
         graphdef, state = nnx.split(module)
         flat = [(path, leaf.replace(ready(path, leaf.get_value()))) for path, leaf in nnx.to_flat_state(state)]
@@ -162,7 +174,7 @@ class MMDiT(nnx.Module):
                     *(config.width, config.pos_embed_max_size, config.base_size, size),
                     target if config.interp_condition_pos else size,
                 )
-                x = x + positions.astype(self.dtype)
+                x = (x + positions).astype(self.dtype)
                 tokens.append(x.reshape(x.shape[0], -1, config.width))
                 length += tokens[-1].shape[1]
             mask = causal_mask(layout.times, layout.segments, causal=config.use_temporal_causal)
@@ -189,10 +201,12 @@ class MMDiT(nnx.Module):
         return predictions
 
     def _check(self, sample, text, pooled, timestep, layouts) -> None:
+        """Raise UserError where the inputs do not fit each other or the network."""
         config, p = self.config, self.config.patch_size
-        if len(sample) != len(layouts) or not sample:
+        if len(sample) != len(layouts) or not all(sample) or not sample:
             raise UserError(f"MMDiT: {len(sample)} groups of clips and {len(layouts)} layouts; expected one each")
-        rows = sample[0][-1].shape[0] * len(sample)
+        batch = sample[0][-1].shape[0]
+        rows = batch * len(sample)
         text_width = config.joint_attention_dim if config.context_embedder else config.width
         for name, x, shape in (
             ("text", text, (rows, text.shape[1], text_width)),
@@ -202,19 +216,47 @@ class MMDiT(nnx.Module):
             if x.shape != shape:
                 raise UserError(f"MMDiT: {name} has shape {x.shape}; expected {shape} for {len(sample)} groups")
         for g, (clips, layout) in enumerate(zip(sample, layouts, strict=True)):
+            tokens = text.shape[1]
             for clip in clips:
-                if clip.ndim != 5 or clip.shape[-1] != config.in_channels or clip.shape[2] % p or clip.shape[3] % p:
+                shaped = clip.ndim == 5 and clip.shape[::4] == (batch, config.in_channels)
+                if not shaped or any(n % p for n in clip.shape[2:4]):
                     raise UserError(
                         f"MMDiT: a clip of group {g} has shape {clip.shape}; "
-                        f"expected [B, T, H, W, {config.in_channels}] with H and W multiples of {p}"
+                        f"expected [{batch}, T, H, W, {config.in_channels}] with H and W multiples of {p}"
                     )
-            tokens = text.shape[1] + sum(c.shape[1] * (c.shape[2] // p) * (c.shape[3] // p) for c in clips)
+                tokens += clip.shape[1] * (clip.shape[2] // p) * (clip.shape[3] // p)
             for name in ("times", "segments"):
-                if getattr(layout, name).shape[-1] != tokens:
+                shape = getattr(layout, name).shape
+                if shape not in ((1, tokens), (batch, tokens)):
                     raise UserError(
-                        f"MMDiT: layout {name} of group {g} has shape {getattr(layout, name).shape}; "
-                        f"expected {tokens} tokens, text first"
+                        f"MMDiT: layout {name} of group {g} has shape {shape}; "
+                        f"expected [1 or {batch}, {tokens}], text first"
                     )
+
+
+def over_layers(body: Callable, carry: Any, state: Any) -> tuple[Any, Any]:
+    """``lax.scan`` over stacked arrays, or a Python loop where each array comes as a tuple of layers (``unstack``)."""
+    flat = nnx.to_flat_state(state)
+    if not isinstance(flat[0][1].get_value(), tuple):
+        return jax.lax.scan(body, carry, state)
+    outs = []
+    for i in range(len(flat[0][1].get_value())):
+        layer = nnx.from_flat_state([(path, leaf.replace(leaf.get_value()[i])) for path, leaf in flat])
+        carry, out = body(carry, layer)
+        outs.append(out)
+    return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
+
+
+def unstack(params: Params) -> Params:
+    """The parameters with each stacked array cut into a tuple of layers; the network takes either form.
+
+    For inference on a CPU: a scan there copies each layer's weights out of the stack, which costs a quarter of the
+    time on short sequences. The price is a program, and a compilation, that grow with the depth.
+    """
+    depth = len(jax.tree.leaves(params["blocks"])[0])
+    if not depth:
+        return params
+    return {**params, "blocks": jax.tree.map(lambda w: tuple(w[i] for i in range(depth)), params["blocks"])}
 
 
 def definition(
