@@ -15,8 +15,8 @@ from nd_jax.converters.folders import load_folder
 from nd_jax.converters.kinds import kind_of
 from nd_jax.errors import UserError
 from nd_jax.models.causal_vae import posterior
-from nd_jax.pyramid.layout import Envelope, envelopes, layout_arrays
 from nd_jax.pixels import from_uint8, to_uint8
+from nd_jax.pyramid.layout import Envelope, envelopes, layout_arrays
 from nd_jax.pyramid.normalise import NEODRAGON
 from nd_jax.pyramid.sampler import Call, SamplePlan, Velocity, guide, sample, twice
 from nd_jax.pyramid.schedule import Schedule

@@ -1,7 +1,8 @@
 """How close is close enough.
 
 float32: the absolute tolerances recommended with the recordings, about ten times the reference's own rounding. Where
-there are several for one kind of case, the rules go by output name. An output that no rule covers is not compared, and reported as such.
+there are several for one kind of case, the rules go by output name. An output that no rule covers is not compared, and
+reported as such.
 
 bfloat16 (networks only; parameters, norms, softmax, rotary and timestep embeddings stay float32): the root mean square
 of the difference divided by that of the expected array. Largest values measured on the public cases, on a CPU:
