@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
-from nd_jax.errors import UserError
 from nd_jax.models import mmdit
 from nd_jax.models.attention import causal_mask
 from nd_jax.models.embeddings import PatchEmbed, TimeTextEmbed, sinusoid
@@ -18,7 +20,7 @@ from nd_jax.models.norms import AdaLayerNorm, LayerNorm, RMSNorm, modulate
 from nd_jax.models.positions import apply_rope, axis_table, rope_tables, spatial_positions, table
 from nd_jax.verification.cases import Case, Outputs, Subcase
 from nd_jax.verification.samples import clips_of, layouts_of
-from nd_jax.verification.weights import load, parts_in
+from nd_jax.verification.weights import load, parts_in, same_weights
 
 
 def rotation(times: Any, head_dim: int, theta: float = 10000.0) -> Float[Array, "b l half 2 2"]:
@@ -93,48 +95,55 @@ class Pieces:
     def __init__(self, case: Case, config: mmdit.MMDiTConfig):
         self.case, self.config = case, config
 
-    def part(self, name: str) -> Any:
-        """The network's submodule ``name``, with the case's weights."""
-        modules = {
-            "pos_embed": lambda config, rngs: PatchEmbed(
-                config.in_channels, config.width, config.patch_size, dtype=jnp.float32, rngs=rngs
-            ),
-            "time_text_embed": lambda config, rngs: TimeTextEmbed(
-                config.pooled_projection_dim, config.width, rngs=rngs
-            ),
-        }
-        definition = Definition(lambda rngs: modules[name](self.config, rngs))
-        return definition.bind(load(self.owner(name), "mmdit", self.config, parts=[name])[name])
+    def module(self, part: str, build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module | None:
+        """The network's submodule ``part``, built by ``build``, with its weights; ``None`` if nobody has them.
 
-    def owner(self, name: str) -> Case:
-        """The case itself, or, where its file lacks the part, another case of the same network that has it."""
-        for case in [self.case, *self.case.same_config()]:
-            if name in parts_in(case, "mmdit", self.config):
-                return case
-        raise UserError(f"golden case {self.case.name}: no case of the same config.json has the weights of {name}")
+        A case of pieces may hold only some weights; the rest is in another case of the same network.
+        """
+        others = (case for case in self.case.same_config() if same_weights(self.case, case))
+        for case in itertools.chain([self.case], others):
+            if part in parts_in(case, "mmdit", self.config):
+                return Definition(build).bind(load(case, "mmdit", self.config, parts=[part])[part])
+        return None
 
     def timestep(self, subcase: Subcase) -> Outputs:
         """The sinusoidal embedding and the conditioning vector made from it."""
         timestep, pooled = jnp.asarray(subcase.input("timestep")), jnp.asarray(subcase.input("pooled"))
         yield "sinusoid", sinusoid(timestep)
-        yield "temb", self.part("time_text_embed")(timestep, pooled)
+        config = self.config
+        embed = self.module(
+            "time_text_embed", lambda rngs: TimeTextEmbed(config.pooled_projection_dim, config.width, rngs=rngs)
+        )
+        if embed is not None:
+            yield "temb", embed(timestep, pooled)
+
+    def tokens(self, clips: list[Float[Array, "b t h w c"]]) -> Float[Array, "b l d"] | None:
+        """Patches of all clips with their positions, oldest clip first."""
+        config, tokens = self.config, []
+        embed = self.module(
+            "pos_embed",
+            lambda rngs: PatchEmbed(config.in_channels, config.width, config.patch_size, dtype=jnp.float32, rngs=rngs),
+        )
+        if embed is None:
+            return None
+        patched = [embed(clip) for clip in clips]
+        for x in patched:
+            size = x.shape[2:4]
+            target = patched[-1].shape[2:4] if config.interp_condition_pos else size
+            where = spatial_positions(config.width, config.pos_embed_max_size, config.base_size, size, target)
+            tokens.append((x + where).reshape(x.shape[0], -1, config.width))
+        return jnp.concatenate(tokens, axis=1)
 
     def merged(self, subcase: Subcase) -> Outputs:
         """Tokens of all clips with their positions, and per group the attention mask and the times."""
-        config, embed = self.config, self.part("pos_embed")
         sample, text_mask = clips_of(subcase), subcase.input("encoder_attention_mask")
-        for group, layout in enumerate(layouts_of(sample, text_mask, config.patch_size)):
-            patched = [embed(clip) for clip in sample[group]]
-            tokens = []
-            for x in patched:
-                size = x.shape[2:4]
-                target = patched[-1].shape[2:4] if config.interp_condition_pos else size
-                where = spatial_positions(config.width, config.pos_embed_max_size, config.base_size, size, target)
-                tokens.append((x + where).reshape(x.shape[0], -1, config.width))
-            mask = causal_mask(layout.times, layout.segments, causal=config.use_temporal_causal)
-            yield f"tokens/{group}", jnp.concatenate(tokens, axis=1)
+        for group, layout in enumerate(layouts_of(sample, text_mask, self.config.patch_size)):
+            tokens = self.tokens(sample[group])
+            if tokens is not None:
+                yield f"tokens/{group}", tokens
+            mask = causal_mask(layout.times, layout.segments, causal=self.config.use_temporal_causal)
             yield f"attention_mask/{group}", mask[:, None]
-            yield f"rope/{group}", rotation(layout.times, config.attention_head_dim)[:, :, None]
+            yield f"rope/{group}", rotation(layout.times, self.config.attention_head_dim)[:, :, None]
             yield f"rope_ids/{group}", layout.times[:, text_mask.shape[1] :, None]
 
     def __call__(self, subcase: Subcase) -> Outputs:

@@ -51,6 +51,13 @@ def parts_in(case: Case, network: str, config: Any) -> list[str]:
         return sorted({entry.path[0] for name, entry in entries.items() if name in tensors})
 
 
+def same_weights(case: Case, other: Case) -> bool:
+    """Whether the tensors that two cases have in common are equal."""
+    with TensorFile(case.file(WEIGHTS)) as ours, TensorFile(other.file(WEIGHTS)) as theirs:
+        common = ours.keys() & theirs.keys()
+        return all(np.array_equal(ours[name].read(), theirs[name].read()) for name in common)
+
+
 def with_zeros(params: Params, network: str, config: Any) -> Params:
     """``params`` completed by zeros, for a network of which only some parts are used."""
     abstract = get_kind(network).definition(config).abstract()
