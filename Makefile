@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_OUT ?= runs/demo
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test lint clean
@@ -12,7 +13,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/nd-jax demo --out runs/demo $(DEMO_FLAGS)
+	$(BIN)/nd-jax demo --out $(DEMO_OUT) $(DEMO_FLAGS)
 
 test: $(VENV)/installed
 	$(BIN)/pytest -n 2 -m "not heavy and not peers"

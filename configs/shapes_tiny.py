@@ -48,8 +48,8 @@ system = SystemConfig(
         decoder_block_out_channels=(8, 8, 24, 48),
         encoder_layers_per_block=(1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
-        encoder_norm_num_groups=4,
-        decoder_norm_num_groups=4,
+        encoder_norm_num_groups=1,
+        decoder_norm_num_groups=1,
         sample_size=64,
     ),
 )
@@ -64,8 +64,12 @@ PRESET = Preset(
     world="64x64",
     runs={
         "codec": CodecRun(
-            recipe=CodecRecipeConfig(batch=4, frames=9),
-            loop=LoopConfig(steps=1500, save_every=500, log_every=10),
+            recipe=CodecRecipeConfig(
+                batch=4,
+                frames=9,
+                optim=OptimConfig(learning_rate=5e-4, warmup_steps=50, decay_steps=500, b2=0.98, weight_decay=1e-5),
+            ),
+            loop=LoopConfig(steps=500, save_every=250, log_every=10),
         ),
         "teacher": FlowRun(
             recipe=FlowRecipeConfig(
@@ -75,13 +79,13 @@ PRESET = Preset(
                 optim=OptimConfig(
                     learning_rate=1e-3,
                     warmup_steps=50,
-                    decay_steps=900,
+                    decay_steps=700,
                     b2=0.95,
                     weight_decay=1e-4,
                     final_fraction=0.05,
                 ),
             ),
-            loop=LoopConfig(steps=900, save_every=300, log_every=10),
+            loop=LoopConfig(steps=700, save_every=350, log_every=10),
         ),
         "recovery": FlowRun(
             recipe=FlowRecipeConfig(
@@ -98,7 +102,7 @@ PRESET = Preset(
                     final_fraction=0.05,
                 ),
             ),
-            loop=LoopConfig(steps=200, save_every=100, log_every=10),
+            loop=LoopConfig(steps=120, save_every=60, log_every=10),
         ),
     },
 )

@@ -1,8 +1,6 @@
 """Train a video codec: causal encoder and decoder together, on pixels alone.
 
-Loss = |x - x'| + 0.5 |grad x - grad x'| + (x - x')^2 + kl + anchor. The anchor is ours: it pulls part of the latent
-towards a fixed packing of coarse pixels, so that a codec trained for minutes starts from something that a decoder can
-read. Its weight decays to zero, after which the latent is free.
+Loss = |x - x'| + 0.5 |grad x - grad x'| + (x - x')^2 + kl, ours; see ``linear_start`` for where it begins.
 """
 
 from __future__ import annotations
@@ -14,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from nd_jax.models.causal_vae import AsymmetricVAEConfig, NativeVAEConfig, definition, posterior
+from nd_jax.models.functional import Params
+from nd_jax.recipes.linear_start import linear_start
 from nd_jax.training.optim import OptimConfig, make_optimizer, value_and_grad
 from nd_jax.training.sharding import Rules
 from nd_jax.training.state import TrainState
@@ -31,37 +31,13 @@ class CodecRecipeConfig:
     """Weight of the KL divergence to the standard normal."""
     edges: float = 0.5
     """Weight of the error of spatial differences: outlines are what shape and size are read from."""
-    anchor: float = 1.0
-    """Weight of the coarse-pixel anchor at step 0."""
-    anchor_steps: int = 600
-    """Updates over which the anchor's weight falls linearly to zero."""
+    linear_start: bool = True
+    """Begin with weights that pass a coarse picture through (native decoder only)."""
     microbatches: int = 1
     ema_decay: float = 0.99
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(learning_rate=3e-3, warmup_steps=30, decay_steps=1500, weight_decay=1e-5)
     )
-
-
-def coarse_pixels(
-    video: Float[Array, "b t h w 3"], channels: int, time: int = 8, space: int = 8
-) -> Float[Array, "b t2 h2 w2 c"]:
-    """A fixed packing of a video into a latent's shape: what the anchor pulls towards.
-
-    Per latent cell, 2 x 2 averages of the last frame's colours in the cell's time span (12 channels), then twice the
-    change of their brightness over the span (4 channels); cut or padded with zeros to ``channels``.
-    """
-
-    def corners(frames: Array) -> Array:
-        b, t, h, w, c = frames.shape
-        half = space // 2
-        cells = frames.reshape(b, t, h // space, 2, half, w // space, 2, half, c).mean((4, 7))
-        return cells.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, h // space, w // space, 4, c)
-
-    last = corners(video[:, ::time])
-    first = corners(jnp.concatenate([video[:, :1], video[:, 1::time]], axis=1))
-    change = 2 * (first - last).mean(-1)
-    packed = jnp.concatenate([last.reshape(*last.shape[:4], -1), change], axis=-1)[..., :channels]
-    return jnp.pad(packed, [(0, 0)] * 4 + [(0, channels - packed.shape[-1])])
 
 
 def reconstruction_losses(
@@ -96,6 +72,8 @@ class CodecRecipe:
 
     def init(self, key: jax.Array, *given) -> TrainState:
         params = given[0] if given else self.codec.init(key)
+        if not given and self.config.linear_start:
+            params = linear_start(self.network, params)
         return TrainState.create(params, self.optimizer, jax.random.fold_in(key, 1), ema=True)
 
     def latent_shape(self) -> tuple[int, ...]:
@@ -105,25 +83,21 @@ class CodecRecipe:
         space = network.space_scale
         return (self.config.batch, frames, height // space, width // space, network.encoder_out_channels)
 
-    def loss(self, params, examples, anchor_weight: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(self, params: Params, examples: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         """Mean loss over clips, and its terms; ``examples`` has ``video`` in uint8 and ``noise`` of latent shape."""
-        config, network = self.config, self.network
+        config = self.config
         video = examples["video"].astype(jnp.float32) / 127.5 - 1
         codec = self.codec.bind(params)
         code = posterior(codec.encode(video))
         terms = reconstruction_losses(codec.decode(code.sample(examples["noise"])), video)
-        packed = coarse_pixels(video, network.encoder_out_channels, network.time_scale, network.space_scale)
         terms = {name: term.mean() for name, term in terms.items()}
         terms["kl"] = code.kl().mean()
-        terms["anchor"] = jnp.square(code.mean - packed).mean()
         total = terms["absolute"] + terms["squared"] + config.edges * terms["edges"]
-        return total + config.kl * terms["kl"] + anchor_weight * terms["anchor"], terms
+        return total + config.kl * terms["kl"], terms
 
     def step(self, state: TrainState, batch: dict[str, UInt8[Array, "b t h w 3"]]) -> tuple[TrainState, dict]:
-        config = self.config
         noise = jax.random.normal(state.step_key(), self.latent_shape())
-        left = jnp.clip(1 - state.step / max(config.anchor_steps, 1), 0, 1)
-        grads, metrics = self._grads(state.params, {**batch, "noise": noise}, config.anchor * left)
-        state, optim_metrics = state.advance(grads, self.optimizer, ema_decay=config.ema_decay)
+        grads, metrics = self._grads(state.params, {**batch, "noise": noise})
+        state, optim_metrics = state.advance(grads, self.optimizer, ema_decay=self.config.ema_decay)
         psnr = 10 * jnp.log10(4 / metrics["squared"])
         return state, {"loss": metrics.pop("loss"), "term": metrics, "psnr": psnr, "optim": optim_metrics}

@@ -1,0 +1,55 @@
+"""The paper's system at full size: 49 frames of 320x512 from 7x40x64 latents (Neodragon, arXiv 2511.06055).
+
+Learning rate, Adam's betas, weight decay, warm-up, clipping, stage mix, history corruption and caption dropout of the
+teacher are Pyramid-Flow's published ones; the paper says of recovery only that its first stage converges in about 300
+steps. Batch sizes and everything else about recovery are ours.
+Command: nd-jax train neodragon_320p recovery --start PRUNED --latents LATENTS --out RUN
+"""
+
+import dataclasses
+
+from nd_jax.models.causal_vae import AsymmetricVAEConfig
+from nd_jax.models.clip import clip_bigg, clip_l
+from nd_jax.models.context_adapter import ContextAdapterConfig
+from nd_jax.models.mmdit import MMDiTConfig
+from nd_jax.models.system import SystemConfig
+from nd_jax.models.t5 import T5Config
+from nd_jax.pyramid.sampler import MONOLITHIC
+from nd_jax.recipes.flow_matching import FlowRecipeConfig
+from nd_jax.recipes.preset import FlowRun, Preset, VideoConfig
+from nd_jax.training.loop import LoopConfig
+from nd_jax.training.optim import OptimConfig
+
+published = OptimConfig(
+    learning_rate=1e-4, schedule="constant", warmup_steps=1000, b1=0.9, b2=0.95, weight_decay=1e-4, clip_norm=1.0
+)
+recipe = FlowRecipeConfig(
+    batch=256,  # ours
+    stage_mix=(1, 2, 1),
+    train_text=False,
+    remat="full",
+    dtype="bfloat16",
+    ema_decay=0.9999,  # ours
+    optim=published,
+)
+
+PRESET = Preset(
+    name="neodragon_320p",
+    system=SystemConfig(
+        text_encoder=clip_l(),
+        text_encoder_2=clip_bigg(),
+        text_encoder_3=T5Config(),
+        context_adapter=ContextAdapterConfig(),
+        diffusion_transformer=MMDiTConfig(num_layers=24),
+        causal_video_vae=AsymmetricVAEConfig(),
+    ),
+    video=VideoConfig(),
+    sampling=MONOLITHIC,
+    runs={
+        "teacher": FlowRun(recipe, LoopConfig(steps=100_000, save_every=1000, log_every=10)),
+        "recovery": FlowRun(
+            dataclasses.replace(recipe, optim=dataclasses.replace(published, learning_rate=5e-5, warmup_steps=50)),
+            LoopConfig(steps=300, save_every=50),
+        ),
+    },
+)
