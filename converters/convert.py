@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nd_jax.converters.checked_files import read_json
 from nd_jax.converters.component import open_component
 from nd_jax.converters.dtypes import parameter_dtype
 from nd_jax.converters.folders import MARK, load_folder, write_folder
@@ -13,6 +14,8 @@ from nd_jax.errors import UserError
 from nd_jax.outputs import check_new
 
 FORMAT_VERSION = 1
+KEPT = ("generation_config.json", "model_index.json")
+"""Files at the top that are carried along: they say how the networks are used."""
 
 
 def _convert(
@@ -39,6 +42,9 @@ def _convert(
                 writer.component("" if folder.single else name, component.config, component.load(dtype=dtype))
         for name, path in folder.tokenizers.items():
             writer.tokenizer(name, path)
+        for name in KEPT:
+            if (folder.path / name).is_file() and not folder.single:
+                writer.json(name, read_json(folder.path / name, what="settings"))
         if native:
             writer.json(MARK, {"format_version": FORMAT_VERSION, "components": dict(folder.kinds)})
     return [f"left out {name}: nd-jax has no network for {what}" for name, what in folder.skipped.items()]

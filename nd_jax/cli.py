@@ -6,10 +6,13 @@ Exit codes: 0 done, 1 a check failed (``verify``), 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tyro
 
@@ -18,16 +21,16 @@ from nd_jax.errors import UserError
 # verb (and sub-verb) -> module:function. Modules are imported only when their verb is used: jax takes a second to load.
 VERBS = {
     "demo": "nd_jax.demo:demo",
-    "data prepare": "nd_jax.commands:data_prepare",
-    "data latents": "nd_jax.commands:data_latents",
-    "train": "nd_jax.commands:train",
-    "prune importance": "nd_jax.commands:prune_importance",
-    "prune apply": "nd_jax.commands:prune_apply",
-    "generate": "nd_jax.commands:generate",
-    "evaluate": "nd_jax.commands:evaluate",
-    "convert import": "nd_jax.commands:convert_import",
-    "convert export": "nd_jax.commands:convert_export",
-    "verify": "nd_jax.commands:verify",
+    "data prepare": "nd_jax.commands.data:data_prepare",
+    "data latents": "nd_jax.commands.data:data_latents",
+    "train": "nd_jax.commands.train:train",
+    "prune importance": "nd_jax.commands.prune:prune_importance",
+    "prune apply": "nd_jax.commands.prune:prune_apply",
+    "generate": "nd_jax.commands.generate:generate",
+    "evaluate": "nd_jax.commands.evaluate:evaluate",
+    "convert import": "nd_jax.commands.convert:convert_import",
+    "convert export": "nd_jax.commands.convert:convert_export",
+    "verify": "nd_jax.commands.verify:verify",
 }
 
 SUMMARIES = {
@@ -65,18 +68,64 @@ def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
     raise UserError(f"unknown command {' '.join(arguments[:2])!r}: expected one of {', '.join(known)}")
 
 
-def parse(target: Callable, arguments: Sequence[str], prog: str, **options):
-    """``tyro.cli`` whose complaints are one ``UserError`` line instead of a box."""
+def parse(target: Callable, arguments: Sequence[str], prog: str) -> Any:
+    """What tyro makes of ``target`` and the arguments.
+
+    Raises UserError, one line, where tyro would draw a box, and SystemExit after printing help.
+    """
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(target, args=list(arguments), prog=prog, **options)
+        with contextlib.redirect_stderr(complaint), _unwrapped(arguments):
+            return tyro.cli(target, args=list(arguments), prog=prog)
     except SystemExit as stop:
         if not stop.code:
             raise
-        kept = [line.strip("│╭╮╰╯─ \n") for line in complaint.getvalue().splitlines()]
-        text = " ".join(line for line in kept if line and not line.startswith("For full helptext"))
-        raise UserError(f"{prog}: {text}; see {prog} --help") from None
+        raise UserError(f"{prog}: {one_line(complaint.getvalue())}; see {prog} --help") from None
+
+
+def later(function: Callable) -> Callable:
+    """``function`` for ``parse``, which gets back the call instead of making it."""
+
+    @functools.wraps(function)
+    def note(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return functools.partial(function, *args, **kwargs)
+
+    return note
+
+
+@contextlib.contextmanager
+def _unwrapped(arguments: Sequence[str]) -> Iterator[None]:
+    """Lines so long that no message is broken in two, except for help, which people read in their terminal."""
+    if {"-h", "--help"} & set(arguments):
+        yield
+        return
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "2000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+REPEATED = ("For full helptext", "Argument helptext", "nd-jax ")
+"""How those parts of a complaint begin that the help text says as well."""
+
+
+def one_line(boxes: str) -> str:
+    """What tyro's boxes say, without what they repeat of the help text."""
+    told = []
+    for box in boxes.split("╭")[1:]:
+        lines = [line.strip("│╰╯ ") for line in box.splitlines()[1:]]
+        parts = "\n".join(line if line.strip("─") else "\0" for line in lines).split("\0")
+        for part in (" ".join(part.split()).rstrip(".") for part in parts):
+            if part.startswith("Perhaps you meant: "):
+                told.append(f"perhaps {part.split()[3]}?")
+            elif part and not part.startswith(REPEATED):
+                told.append(part)
+    return "; ".join(told) or " ".join(boxes.split())
 
 
 def load(verb: str) -> Callable:
@@ -84,26 +133,32 @@ def load(verb: str) -> Callable:
     return getattr(importlib.import_module(module), function)
 
 
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code. Raises UserError for bad input."""
+    verb, rest = split_verb(arguments)
+    function = load(verb)
+    if hasattr(function, "resolve"):  # its options depend on its first words
+        target, rest, prog, work = function.resolve(rest)
+        return int(work(parse(target, rest, prog)) or 0)
+    return int(parse(later(function), rest, f"nd-jax {verb}")() or 0)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command, telling what went wrong in one line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
     try:
-        verb, rest = split_verb(arguments)
-        function = load(verb)
-        if hasattr(function, "parse_arguments"):  # verbs whose options depend on their first words
-            result = function.parse_arguments(rest)
-        else:
-            result = parse(function, rest, f"nd-jax {verb}", config=(tyro.conf.OmitArgPrefixes,))
-        return int(result or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        return run(arguments)
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 if __name__ == "__main__":

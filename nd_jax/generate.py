@@ -6,9 +6,10 @@ longest history and the unit index is data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +20,9 @@ from nd_jax.models.causal_vae import posterior
 from nd_jax.models.functional import Params
 from nd_jax.models.system import CODEC, DENOISER, Conditions
 from nd_jax.pixels import from_uint8, to_uint8
-from nd_jax.pyramid.layout import envelopes, layout_arrays, legal_multiple
+from nd_jax.pyramid.layout import REAL, envelopes, layout_arrays, legal_multiple
 from nd_jax.pyramid.noise import block_noise_source, draw_initial_noise, draw_noise
 from nd_jax.pyramid.sampler import CountingJit, SamplePlan, guide, sample, twice
-from nd_jax.recipes.preset import SamplingConfig
 from nd_jax.recipes.pruning import influence_reducer
 from nd_jax.system import VideoSystem
 
@@ -38,11 +38,6 @@ class Noise:
     initial: Float[np.ndarray, "b u h w c"]
     block: Sequence[Array] | Callable[[int, int], Array]
     first: Float[np.ndarray, "b 1 h w c"] | None = None
-
-
-def sample_plan(config: SamplingConfig) -> SamplePlan:
-    """The sampler's plan for a preset's or folder's settings."""
-    return SamplePlan(config.first_steps, config.later_steps, config.first_guidance, config.later_guidance, config.grid)
 
 
 def needs_negative(plan: SamplePlan) -> bool:
@@ -65,11 +60,10 @@ class Generator:
     """
 
     def __init__(self, system: VideoSystem, *, height: int, width: int, frames: int, text_length: int | None = None):
-        self.system, self.frames = system, frames
         config, schedule = system.config, system.schedule
         codec, patch = config.causal_video_vae, config.diffusion_transformer.patch_size
+        self.system, self.height, self.width = system, height, width
         self.latent_frames = check_size(height, width, frames, codec, patch, schedule.stages)
-        self.height, self.width = height, width
         space = codec.space_scale
         self.envelopes = envelopes(
             max(self.latent_frames - 1, 1),
@@ -81,10 +75,13 @@ class Generator:
         )
         denoiser, codec_network = system.definitions[DENOISER], system.definitions[CODEC]
         self._stages = {
-            guided: [CountingJit(partial(_velocity, denoiser, envelope, guided=guided)) for envelope in self.envelopes]
+            (guided, influence): [
+                CountingJit(partial(_denoise, denoiser, envelope, guided=guided, influence=influence))
+                for envelope in self.envelopes
+            ]
             for guided in (False, True)
+            for influence in (False, True)
         }
-        self._influence = [CountingJit(partial(_influence, denoiser, envelope)) for envelope in self.envelopes]
         self._first_chunk = CountingJit(lambda params, z: codec_network.bind(params).decode_chunk(z))
         self._next_chunk = CountingJit(lambda params, z, past: codec_network.bind(params).decode_chunk(z, past))
         self._encode = CountingJit(lambda params, video: posterior(codec_network.bind(params).encode(video)))
@@ -130,14 +127,14 @@ class Generator:
             if negative is None:
                 raise UserError("generate: guidance needs a negative prompt; give one (it may be empty)")
             conditions = Conditions(*(jnp.concatenate(pair) for pair in zip(negative, conditions, strict=True)))
-        params, sums = self.system.params[DENOISER], []
+        params, sums = self.system.on_device[DENOISER], []
+        stages = self._stages[guided, influence]
 
         def velocity(stage: int):
-            def run(z, timestep, history, unit_index, guidance):
-                if influence:
-                    args = (twice(z), twice(timestep), tuple(map(twice, history))) if guided else (z, timestep, history)
-                    sums.append(self._influence[stage](params, conditions, *args, unit_index))
-                return self._stages[guided][stage](params, conditions, z, timestep, history, unit_index, guidance)
+            def run(*inputs):
+                found, summed = stages[stage](params, conditions, *inputs)
+                sums.append(summed)
+                return found
 
             return run
 
@@ -157,12 +154,12 @@ class Generator:
         self, image: UInt8[np.ndarray, "b h w 3"], noise: Float[np.ndarray, "b 1 h w c"]
     ) -> Float[Array, "b 1 h w c"]:
         """Normalised latent of given first frames: a posterior sample, as the official pipeline takes it."""
-        code = self._encode(self.system.params[CODEC], jnp.asarray(from_uint8(image))[:, None])
+        code = self._encode(self.system.on_device[CODEC], jnp.asarray(from_uint8(image))[:, None])
         return self.system.stats.normalise(code.sample(noise))
 
     def decode(self, latents: Float[Array, "b u h w c"]) -> UInt8[np.ndarray, "b t h w 3"]:
         """Frames of normalised latents, one latent frame at a time; memory does not grow with the video's length."""
-        params, raw = self.system.params[CODEC], self.system.stats.denormalise(latents)
+        params, raw = self.system.on_device[CODEC], self.system.stats.denormalise(latents)
         frames, past = self._first_chunk(params, raw[:, :1])
         video = [to_uint8(frames)]
         for unit in range(1, raw.shape[1]):
@@ -171,23 +168,23 @@ class Generator:
         return np.concatenate(video, axis=1)
 
 
-def _velocity(denoiser, envelope, params: Params, conditions: Conditions, z, timestep, history, unit, scale, *, guided):
-    """One stage's velocity. With guidance, conditions have the negative rows first and everything else is doubled."""
+def _denoise(
+    denoiser, envelope, params: Params, conditions: Conditions, z, timestep, history, unit, scale, *, guided, influence
+):
+    """One stage's velocity; with ``influence`` also this call's sums, [blocks, 2, 2], where padding weighs nothing.
+
+    With guidance, conditions have the negative rows first and everything else is doubled.
+    """
     if guided:
         z, timestep, history = twice(z), twice(timestep), tuple(map(twice, history))
-    layout = layout_arrays(envelope, unit, conditions.mask)
-    (velocity,) = denoiser(params, [(*history, z)], conditions.text, conditions.pooled, timestep, [layout])
-    return guide(velocity, scale) if guided else velocity
-
-
-def _influence(denoiser, envelope, params: Params, conditions: Conditions, z, timestep, history, unit):
-    """Block influence sums of one call, [blocks, 2, 2]; padding weighs nothing."""
-    layout = layout_arrays(envelope, unit, conditions.mask)
-    real = jnp.broadcast_to(layout.segments == 1, (z.shape[0], layout.segments.shape[1])).astype(jnp.float32)
-    text_length = conditions.text.shape[1]
-    reducer = influence_reducer(real[:, text_length:], real[:, :text_length])
-    _, sums = denoiser(params, [(*history, z)], conditions.text, conditions.pooled, timestep, [layout], reducer=reducer)
-    return sums
+    layout, reducer, sums = layout_arrays(envelope, unit, conditions.mask), None, None
+    if influence:
+        real = jnp.broadcast_to(layout.segments == REAL, (len(z), envelope.length)).astype(jnp.float32)
+        reducer = influence_reducer(real[:, envelope.text_length :], real[:, : envelope.text_length])
+    found = denoiser(params, [(*history, z)], conditions.text, conditions.pooled, timestep, [layout], reducer=reducer)
+    if influence:
+        found, sums = found
+    return (guide(found[0], scale) if guided else found[0]), sums
 
 
 def check_size(height: int, width: int, frames: int, codec, patch: int, stages: int) -> int:
@@ -208,51 +205,63 @@ def check_size(height: int, width: int, frames: int, codec, patch: int, stages: 
     return 1 + (frames - 1) // time
 
 
-def generate(
+def generate_batches(
     system: VideoSystem,
     prompts: Sequence[str],
     *,
     seed: int = 0,
     plan: SamplePlan | None = None,
     negative_prompt: str = "",
-    height: int | None = None,
-    width: int | None = None,
-    frames: int | None = None,
     first_frames: UInt8[np.ndarray, "n h w 3"] | None = None,
     batch: int = 16,
     generator: Generator | None = None,
     warn: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> UInt8[np.ndarray, "n t h w 3"]:
-    """Videos for ``prompts``, uint8 [N, T, H, W, 3]. Prompt n with a seed always gives the same video.
+) -> Iterator[UInt8[np.ndarray, "b t h w 3"]]:
+    """Videos for ``prompts``, ``batch`` at a time. Prompt n with a seed always gives the same video.
 
-    Sizes, length and plan default to what the system's folder asks for. ``first_frames`` (uint8, one per prompt)
-    makes it hybrid generation. ``warn`` receives one line per prompt that was too long. Reuse ``generator`` to reuse
-    its programs.
+    Args:
+        plan: steps and guidance; default: what the system's folder asks for.
+        negative_prompt: what guidance steers away from.
+        first_frames: given first frames, one per prompt: hybrid generation.
+        generator: size, length and compiled programs; default: one for what the folder asks for.
+        warn: receives one line for every prompt that was too long.
+
+    Raises:
+        UserError: without prompts, for a batch below 1, and for whatever does not fit the system.
     """
-    plan = sample_plan(system.sampling) if plan is None else plan
+    if not prompts or batch < 1:
+        raise UserError(f"generate: {len(prompts)} prompts, {batch} at a time; expected at least one of each")
+    plan = system.sampling if plan is None else plan
     if generator is None:
         video = system.video
-        generator = Generator(
-            system, height=height or video.height, width=width or video.width, frames=frames or video.frames
-        )
-    batch = min(batch, max(len(prompts), 1))
-    guided = needs_negative(plan)
-    videos = []
+        generator = Generator(system, height=video.height, width=video.width, frames=video.frames)
+    batch = min(batch, len(prompts))
+    negative = system.conditions([negative_prompt] * batch)[0] if needs_negative(plan) else None
     for start in range(0, len(prompts), batch):
-        chosen = list(prompts[start : start + batch])
-        rows = [*range(start, start + len(chosen))]
-        padding = batch - len(chosen)  # the last batch keeps its shape, so that nothing compiles again
-        conditions, warnings = system.conditions(chosen + [""] * padding)
+        rows = range(start, min(start + batch, len(prompts)))
+        padding = batch - len(rows)  # the last batch keeps its shape, so that nothing compiles again
+        conditions, warnings = system.conditions([prompts[row] for row in rows] + [""] * padding)
         for line in warnings:
             warn(line)
-        negative = system.conditions([negative_prompt] * batch)[0] if guided else None
-        noise = generator.noise(seed, rows + [f"padding-{i}" for i in range(padding)])
+        noise = generator.noise(seed, [*rows, *(f"padding-{i}" for i in range(padding))])
         first = None
         if first_frames is not None:
-            given = np.concatenate([first_frames[rows], np.zeros((padding, *first_frames.shape[1:]), np.uint8)])
+            given = np.pad(first_frames[rows.start : rows.stop], ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge")
             first = generator.encode_first_frame(given, noise.first)
         latents = generator.latents(conditions, noise, plan, negative=negative, first_latent=first)
-        videos.append(generator.decode(latents)[: len(chosen)])
-        progress(min(start + batch, len(prompts)), len(prompts))
+        yield generator.decode(latents)[: len(rows)]
+
+
+def generate(
+    system: VideoSystem,
+    prompts: Sequence[str],
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> UInt8[np.ndarray, "n t h w 3"]:
+    """All videos for ``prompts`` in one array; ``options`` are those of ``generate_batches``."""
+    videos = []
+    for made in generate_batches(system, prompts, **options):
+        videos.append(made)
+        progress(sum(map(len, videos)), len(prompts))
     return np.concatenate(videos)

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 import matplotlib
-from markupsafe import Markup
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from nd_jax.outputs import new_file
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under named columns; the cell that carries the row's message may be set in bold with ``strong``."""
+    """Rows under named columns."""
 
     title: str
     columns: Sequence[str]
@@ -61,8 +58,9 @@ class Curves:
     kind: str = field(default="picture", init=False)
 
     @property
-    def picture(self) -> Markup:
-        figure, axes = plt.subplots(1, len(self.panels), figsize=(5.2 * len(self.panels), 3.2), squeeze=False)
+    def picture(self) -> str:
+        figure = Figure(figsize=(5.2 * len(self.panels), 3.2))
+        axes = figure.subplots(1, len(self.panels), squeeze=False)
         for axis, (name, lines) in zip(axes[0], self.panels.items(), strict=True):
             for label, (xs, ys) in lines.items():
                 axis.plot(xs, ys, label=label, linewidth=1.4)
@@ -70,8 +68,9 @@ class Curves:
             if self.log_y:
                 axis.set_yscale("log")
             axis.grid(alpha=0.25)
-            axis.legend(frameon=False, fontsize=8)
-        return svg(figure)
+            if lines:
+                axis.legend(frameon=False, fontsize=8)
+        return svg_uri(figure, self.title)
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,9 @@ class Bars:
     kind: str = field(default="picture", init=False)
 
     @property
-    def picture(self) -> Markup:
-        figure, axis = plt.subplots(figsize=(7, 3))
+    def picture(self) -> str:
+        figure = Figure(figsize=(7, 3))
+        axis = figure.subplots()
         width = 0.8 / len(self.groups)
         for number, (group, bars) in enumerate(self.groups.items()):
             positions = [index + number * width for index in range(len(bars))]
@@ -96,7 +96,7 @@ class Bars:
         axis.set_xticks([index + 0.4 - width / 2 for index in range(len(labels))], labels)
         axis.set(xlabel=self.x_label, ylabel=self.y_label)
         axis.legend(frameon=False, fontsize=8)
-        return svg(figure)
+        return svg_uri(figure, self.title)
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,21 @@ class Pictures:
 Section = Table | Gallery | Curves | Bars | Pictures
 
 
-def svg(figure) -> Markup:
-    """The figure as inline SVG; the figure is closed."""
-    text = io.StringIO()
+def svg_uri(figure: Figure, name: str) -> str:
+    """The figure as a data URI: inside an image its identifiers and styles cannot meet those of the page."""
+    text = io.BytesIO()
     figure.tight_layout()
-    figure.savefig(text, format="svg")
-    plt.close(figure)
-    return Markup(text.getvalue()[text.getvalue().index("<svg") :])  # matplotlib escapes its labels
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same bytes for the same numbers
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return to_uri(text.getvalue(), "image/svg+xml")
+
+
+def to_uri(content: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 def data_uri(path: Path, media_type: str) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+    return to_uri(Path(path).read_bytes(), media_type)
 
 
 def write_report(path: Path, title: str, lead: str, sections: Sequence[Section], footer: str = "") -> Path:
@@ -135,10 +139,6 @@ def write_report(path: Path, title: str, lead: str, sections: Sequence[Section],
         loader=jinja2.PackageLoader("nd_jax"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     html = environment.get_template("report.html.j2").render(title=title, lead=lead, sections=sections, footer=footer)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".part") as part:
-        part.write(html)
-    os.chmod(part.name, 0o644)
-    os.replace(part.name, path)
-    return path
+    with new_file(path, overwrite=True) as part:
+        part.write_text(html, encoding="utf-8")
+    return Path(path)

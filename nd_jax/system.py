@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,20 +19,21 @@ from nd_jax.errors import UserError
 from nd_jax.models.causal_vae import AsymmetricVAEConfig
 from nd_jax.models.functional import Definition, Params
 from nd_jax.models.system import (
-    ADAPTER,
     CLIP_1,
     CLIP_2,
     CODEC,
     DENOISER,
     T5,
+    TEXT_PARTS,
     Conditions,
     SystemConfig,
     TextTokens,
     encode_text,
 )
 from nd_jax.pyramid.normalise import NEODRAGON, PYRAMID_FLOW, LatentStats
+from nd_jax.pyramid.sampler import HYBRID, MONOLITHIC, SamplePlan
 from nd_jax.pyramid.schedule import Schedule
-from nd_jax.recipes.preset import SamplingConfig, VideoConfig
+from nd_jax.recipes.preset import VideoConfig
 
 TOKENIZERS = {"t5": "tokenizer_3", "clip": "tokenizer", "clip_2": "tokenizer_2"}
 DEFAULTS = "generation_config.json"
@@ -60,13 +61,20 @@ class VideoSystem:
     params: dict[str, Params]
     tokenizers: dict[str, TextTokenizer]
     video: VideoConfig
-    sampling: SamplingConfig
+    sampling: SamplePlan
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     folder: Path | None = None
+    mode: str = "monolithic"
+    """Whose folder names the denoiser has: "monolithic", or "hybrid", which continues a given first frame."""
 
     @cached_property
     def definitions(self) -> dict[str, Definition]:
         return self.config.definitions()
+
+    @cached_property
+    def on_device(self) -> dict[str, Params]:
+        """The parameters, copied to the device once; ``params`` may lie on the host."""
+        return jax.tree.map(jnp.asarray, self.params)
 
     @property
     def stats(self) -> LatentStats:
@@ -88,12 +96,13 @@ class VideoSystem:
             lacks = ", ".join(TOKENIZERS.get(name, name) for name in missing)
             raise UserError(f"{self.folder} cannot read prompts: it lacks {lacks}; add these folders")
         t5, clip, clip_2 = (self.tokenizers[name](prompts) for name in ("t5", "clip", "clip_2"))
-        return TextTokens(t5.ids, t5.mask, clip.ids, clip_2.ids), t5.warnings
+        warnings = dict.fromkeys(t5.warnings + clip.warnings + clip_2.warnings)
+        return TextTokens(t5.ids, t5.mask, clip.ids, clip_2.ids), list(warnings)
 
     def conditions(self, prompts: Sequence[str]) -> tuple[Conditions, list[str]]:
         """What the denoiser reads of the prompts, and warnings for those that were cut."""
         tokens, warnings = self.tokens(prompts)
-        text_params = {name: self.params[name] for name in (CLIP_1, CLIP_2, T5, ADAPTER) if name in self.params}
+        text_params = {name: self.on_device[name] for name in TEXT_PARTS if name in self.params}
         return self._encode_text(text_params, TextTokens(*map(jnp.asarray, tokens))), warnings
 
 
@@ -107,17 +116,76 @@ def text_tokenizers(root: Mapping[str, Path], video: VideoConfig) -> dict[str, T
     }
 
 
-def _defaults(folder: Folder, mode: str) -> tuple[VideoConfig, SamplingConfig, Schedule]:
+def check_vocabularies(tokenizers: Mapping[str, TextTokenizer], config: SystemConfig) -> None:
+    """Raises UserError for a tokenizer with more ids than its network has embeddings: they would read as others."""
+    for name, part in (("t5", T5), ("clip", CLIP_1), ("clip_2", CLIP_2)):
+        network = getattr(config, part)
+        if name in tokenizers and network is not None and tokenizers[name].vocab_size > network.vocab_size:
+            raise UserError(
+                f"{TOKENIZERS[name]} has {tokenizers[name].vocab_size} ids and {part} {network.vocab_size} embeddings; "
+                "expected no more ids than embeddings: these folders do not belong together"
+            )
+
+
+def check_parts(config: SystemConfig, where: str | Path) -> None:
+    """Raises UserError when the networks do not fit each other, naming both sides."""
+    denoiser, t5, adapter = config.diffusion_transformer, config.text_encoder_3, config.context_adapter
+    pairs = [("codec's latent channels", config.causal_video_vae.encoder_out_channels, denoiser.in_channels)]
+    if config.text_encoder is not None and config.text_encoder_2 is not None:
+        pooled = config.text_encoder.projection_dim + config.text_encoder_2.projection_dim
+        pairs.append(("CLIP towers' projections together", pooled, denoiser.pooled_projection_dim))
+    if t5 is not None:
+        text = t5.d_model if t5.out_dim is None else t5.out_dim
+        if adapter is not None:
+            pairs.append((f"{T5}'s output", text, adapter.input_dims))
+            text = adapter.output_dims
+        wanted = denoiser.joint_attention_dim if denoiser.context_embedder else denoiser.width
+        pairs.append(("text states", text, wanted))
+    for what, found, expected in pairs:
+        if found != expected:
+            raise UserError(f"{where}: the {what} have {found} channels, the next network expects {expected}")
+
+
+LIMITS = {
+    "video": {"height": 8192, "width": 8192, "frames": 1 << 16, "fps": 1000, "text_length": 8192, "clip_length": 8192},
+    "schedule": {"stages": 8, "num_train_timesteps": 1 << 20},
+}
+"""Largest values that a folder may ask for: it is somebody else's."""
+
+
+def _defaults(folder: Folder, mode: str) -> tuple[VideoConfig, SamplePlan, Schedule]:
     path = folder.path / DEFAULTS
     if not path.exists():
-        sampling = SamplingConfig((1, 1, 1), (1, 1, 1), 0.0, 0.0) if mode == "hybrid" else SamplingConfig()
-        return VideoConfig(), sampling, Schedule()
+        return VideoConfig(), HYBRID if mode == "hybrid" else MONOLITHIC, Schedule()
     content = read_json(path, what="generation defaults")
+    parts = {name: _tuples(content.get(name, {}), f"{path}: {name}") for name in ("video", "sampling", "schedule")}
+    for name, limits in LIMITS.items():
+        for key, limit in limits.items():
+            value = parts[name].get(key, 1)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise UserError(f"{path}: {name} {key} is {value!r}; expected a whole number from 1 to {limit}")
     try:
-        sampling = {k: tuple(v) if isinstance(v, list) else v for k, v in content["sampling"].items()}
-        return VideoConfig(**content["video"]), SamplingConfig(**sampling), Schedule(**content.get("schedule", {}))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a generation config ({error}); expected objects video and sampling") from None
+        sampling = dataclasses.replace(MONOLITHIC, **parts["sampling"])
+        if not all(math.isfinite(scale) for scale in (sampling.first_guidance, sampling.later_guidance)):
+            raise ValueError("guidance is not finite")
+        return VideoConfig(**parts["video"]), sampling, Schedule(**parts["schedule"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a generation config: {error}") from None
+
+
+def _tuples(content: Any, where: str) -> dict[str, Any]:
+    """A JSON object with tuples, which configs want, in place of lists."""
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is {content!r}; expected an object")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+
+
+def _denoiser_name(folder: Folder, mode: str | None) -> str:
+    """The denoiser's folder: one with an official name, or the only one there is (Pyramid-Flow has names of its own)."""
+    found = [name for name, kind in folder.kinds.items() if kind == "mmdit"]
+    if mode is None and len(found) == 1:
+        return found[0]
+    return folder.name_of(DENOISER, mode)
 
 
 def load_system(path: str | Path, *, mode: str | None = None, dtype: str | None = "fp32") -> VideoSystem:
@@ -132,16 +200,20 @@ def load_system(path: str | Path, *, mode: str | None = None, dtype: str | None 
         UserError: for anything wrong in the folder, and if it has no denoiser or no codec.
     """
     folder = load_folder(path)
-    roles = {name: folder.name_of(name, mode) for name in (DENOISER, CODEC)}
-    roles |= {name: folder.name_of(name, mode) for name in (CLIP_1, CLIP_2, T5, ADAPTER) if folder.has(name, mode)}
+    roles = {DENOISER: _denoiser_name(folder, mode), CODEC: folder.name_of(CODEC)}
+    roles |= {name: folder.name_of(name, mode) for name in TEXT_PARTS if folder.has(name, mode)}
     configs, params = {}, {}
     for name, component in roles.items():
         configs[name], params[name] = folder.load(component, dtype=dtype)
-    mode = "monolithic" if roles[DENOISER].endswith("multistep_t2v") else "hybrid"
+    mode = "hybrid" if roles[DENOISER] == MODES["hybrid"][DENOISER] else "monolithic"
     system = SystemConfig(**configs)
     video, sampling, schedule = _defaults(folder, mode)
+    towers = [tower.max_position_embeddings for tower in (system.text_encoder, system.text_encoder_2) if tower]
+    video = dataclasses.replace(video, clip_length=min([video.clip_length, *towers]))
     tokenizers = text_tokenizers(folder.tokenizers, video)
-    return VideoSystem(system, params, tokenizers, video, sampling, schedule, Path(path))
+    check_parts(system, path)
+    check_vocabularies(tokenizers, system)
+    return VideoSystem(system, params, tokenizers, video, sampling, schedule, Path(path), mode)
 
 
 def save_system(
@@ -152,11 +224,11 @@ def save_system(
     dtype: str | None = "fp32",
     overwrite: bool = False,
 ) -> Path:
-    """Write a system as an official-layout PyTorch folder (monolithic names), tokenizers and defaults included.
+    """Write a system as an official-layout PyTorch folder, tokenizers and defaults included.
 
     The latent constants of a codec of our own are in its config.json; the official pipeline hard-codes its own.
     """
-    names = MODES["monolithic"]
+    names = MODES[system.mode]
     with write_folder(path, dtype=dtype, overwrite=overwrite) as writer:
         for name, params in system.params.items():
             writer.component(names.get(name, name), getattr(system.config, name), params)
@@ -167,7 +239,7 @@ def save_system(
             {
                 "video": dataclasses.asdict(system.video),
                 "sampling": dataclasses.asdict(system.sampling),
-                "schedule": json.loads(json.dumps(dataclasses.asdict(system.schedule))),
+                "schedule": dataclasses.asdict(system.schedule),
             },
         )
     return Path(path)

@@ -5,64 +5,104 @@ Each takes folders in and leaves a folder behind, so that any of them can be run
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorflow_datasets as tfds
 
+from nd_jax.converters.checked_files import read_json
 from nd_jax.converters.component import load_component, save_component
-from nd_jax.converters.folders import load_folder
 from nd_jax.data import shapes
 from nd_jax.data.captions import caption
 from nd_jax.data.clips import ClipSource
 from nd_jax.data.latents import LatentSource, write_latents
 from nd_jax.data.pipeline import batches
-from nd_jax.data.tokenizers import TextTokenizer, train_clip_tokenizer, train_t5_tokenizer
+from nd_jax.data.tokenizers import train_tokenizers
 from nd_jax.data.windows import WindowSource
 from nd_jax.errors import UserError
 from nd_jax.models.causal_vae import definition as codec_definition
 from nd_jax.models.causal_vae import posterior
 from nd_jax.models.functional import Params
 from nd_jax.models.system import CODEC, DENOISER
+from nd_jax.outputs import new_file
 from nd_jax.pixels import from_uint8
 from nd_jax.recipes.codec import CodecRecipe
 from nd_jax.recipes.feeds import Feed
 from nd_jax.recipes.flow_matching import FlowRecipe
 from nd_jax.recipes.preset import CodecRun, FlowRun, Preset, as_settings
 from nd_jax.recipes.pruning import remove_blocks
-from nd_jax.system import TOKENIZERS, VideoSystem, latent_stats, text_tokenizers
+from nd_jax.system import TOKENIZERS, VideoSystem, check_vocabularies, latent_stats, text_tokenizers
 from nd_jax.training.checkpoint import load_tree
 from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.loop import Outcome, train
 from nd_jax.training.mesh import make_mesh
 
 CAPTIONS_PER_CLIP = 8
+RECORD = "dataset.json"
 
 
 def prepare_data(preset: Preset, folder: str | Path, *, clips: int, seed: int = 0) -> Any:
-    """Draw the preset's shapes dataset with TFDS (once; later calls find it). Returns the builder."""
+    """Draw the preset's shapes dataset with TFDS (once; later calls find it). Returns the builder.
+
+    ``folder/dataset.json`` remembers what was drawn, so that ``open_data`` needs the folder only.
+    """
     if preset.world is None:
         raise UserError(f"preset {preset.name} has no shapes world; expected one that has, such as shapes_tiny")
-    return shapes.prepare(folder, preset.world, seed=seed, train=clips, evaluate=min(256, clips))
+    if clips < 1 or seed < 0:
+        raise UserError(f"data: {clips} clips from seed {seed}; expected at least one clip and a seed of at least 0")
+    record = {"world": preset.world, "clips": clips, "seed": seed}
+    builder = _open(folder, record)
+    with new_file(Path(folder) / RECORD, overwrite=True) as part:
+        part.write_text(json.dumps(record, indent=2))
+    return builder
+
+
+def open_data(folder: str | Path) -> Any:
+    """The training split of a dataset that ``prepare_data`` has drawn: ``source[n]`` has video, caption and labels."""
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        raise UserError(f"{folder} holds no dataset ({RECORD} is missing); make one with nd-jax data prepare")
+    record = read_json(path, what="dataset record")
+    kinds = {"world": str, "clips": int, "seed": int}
+    if record.keys() != kinds.keys() or any(type(record[name]) is not kind for name, kind in kinds.items()):
+        raise UserError(f"{path} is damaged; expected world, clips and seed; make the dataset again")
+    return _open(folder, record).as_data_source("train")
+
+
+def _open(folder: str | Path, record: dict[str, Any]) -> Any:
+    world, clips = record["world"], record["clips"]
+    with _tfds_quiet():
+        return shapes.prepare(folder, world, seed=record["seed"], train=clips, evaluate=min(256, clips))
+
+
+@contextlib.contextmanager
+def _tfds_quiet() -> Iterator[None]:
+    """TFDS tells of its work on three channels at once; what goes wrong comes as exceptions all the same."""
+    level = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        absl.logging.set_verbosity(level)
 
 
 def prepare_tokenizers(preset: Preset, captions: Sequence[str], folder: str | Path) -> dict[str, Path]:
     """Train the three tokenizers of a shapes system on captions; folder names are the official ones."""
     folder, video = Path(folder), preset.video
-    train_t5_tokenizer(
-        captions, folder / TOKENIZERS["t5"], vocab_size=preset.tokenizer_vocabulary, max_length=video.text_length
-    )
-    for name in ("clip", "clip_2"):
-        train_clip_tokenizer(
-            captions,
-            folder / TOKENIZERS[name],
-            vocab_size=2 * preset.tokenizer_vocabulary,
-            max_length=video.clip_length,
-        )
+    sizes = {"t5_vocab": preset.tokenizer_vocabulary, "clip_vocab": 2 * preset.tokenizer_vocabulary}
+    train_tokenizers(folder, captions, t5_length=video.text_length, clip_length=video.clip_length, **sizes)
     return {name: folder / name for name in TOKENIZERS.values()}
 
 
@@ -89,7 +129,8 @@ def train_codec(
         raise UserError("codec: no clips to train on; expected a shapes dataset or --videos FILE ...")
     recipe = CodecRecipe(network, recipe_config, video.height, video.width)
     stream = _stream(source, recipe_config.batch, run.loop.seed, keys=("video",))
-    outcome = _train(preset, "codec", recipe, Feed(stream, recipe.batch_spec()), run, out, quiet=quiet)
+    mesh = make_mesh(run.loop.mesh)
+    outcome = _train(preset, "codec", recipe, Feed(stream, recipe.batch_spec()), run, out, mesh=mesh, quiet=quiet)
     if outcome.finished:
         save_component(Path(out) / "codec", network, load_tree(Path(out)), overwrite=True)
     return outcome
@@ -116,41 +157,55 @@ def _train(preset: Preset, name: str, recipe: Any, feed: Feed, run: Any, out: st
 
 
 def encode_clips(
-    codec_folder: str | Path, clips: Any, captions: Sequence[Sequence[str]], out: str | Path, *, batch: int = 16
+    codec_folder: str | Path,
+    clips: Any,
+    captions: Sequence[Sequence[str]],
+    out: str | Path,
+    *,
+    batch: int = 16,
+    overwrite: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Encode every clip of a source (posterior means) into a latents folder."""
     config, params = load_component(codec_folder, "video_vae", dtype="fp32")
     codec = codec_definition(config)
     encode = jax.jit(lambda params, video: posterior(codec.bind(params).encode(video)).mean)
 
-    def batched():
+    def latents() -> Iterator[np.ndarray]:
         for start in range(0, len(clips), batch):
-            stop = min(start + batch, len(clips))
-            videos = np.stack([clips[index]["video"] for index in range(start, stop)])
-            yield np.concatenate([videos, np.repeat(videos[-1:], batch - len(videos), axis=0)]), stop - start
+            videos = np.stack([clips[index]["video"] for index in range(start, min(start + batch, len(clips)))])
+            missing = batch - len(videos)  # the last batch keeps its shape, so that nothing compiles again
+            padded = np.pad(videos, ((0, missing), *((0, 0),) * 4), mode="edge")
+            yield np.asarray(encode(params, jnp.asarray(from_uint8(padded))))[: len(videos)]
+            progress(start + len(videos), len(clips))
 
-    def run(item):
-        videos, count = item
-        return np.asarray(encode(params, jnp.asarray(from_uint8(videos))))[:count]
-
-    return write_latents(out, batched(), captions, run, info={"codec": str(Path(codec_folder).name)}, overwrite=True)
+    info = {"codec": Path(codec_folder).name}
+    return write_latents(out, latents(), captions, info=info, overwrite=overwrite)
 
 
 def shapes_captions(clips: Any, *, per_clip: int = CAPTIONS_PER_CLIP, seed: int = 0) -> list[list[str]]:
     """Several captions for every clip of a shapes source: other templates, other synonyms."""
     rng = np.random.Generator(np.random.Philox(seed))
-    return [[caption(clips[n]["labels"], rng) for _ in range(per_clip)] for n in range(len(clips))]
+    labels = (clips[n]["labels"] for n in range(len(clips)))
+    return [[caption(each, rng) for _ in range(per_clip)] for each in labels]
 
 
-def with_statistics(config: Any, latents: np.ndarray) -> Any:
-    """The codec's config with the mean and deviation of its latents by channel, for frame 0 and for later ones."""
+def with_statistics(config: Any, latents: np.ndarray, chunk: int = 256) -> Any:
+    """The codec's config with the mean and deviation of its latents by channel, for frame 0 and for later ones.
 
-    def rows(reduce):
-        parts = (latents[:, :1], latents[:, 1:] if latents.shape[1] > 1 else latents)
-        return tuple(tuple(float(x) for x in reduce(part, axis=(0, 1, 2, 3))) for part in parts)
-
-    deviation = tuple(tuple(max(x, 1e-4) for x in row) for row in rows(np.std))
-    return dataclasses.replace(config, latents_mean=rows(np.mean), latents_std=deviation)
+    ``latents`` [N, U, h, w, C] may be larger than memory.
+    """
+    first_later = (slice(0, 1), slice(1, None) if latents.shape[1] > 1 else slice(None))
+    sums = np.zeros((2, 2, latents.shape[-1]))
+    for start in range(0, len(latents), chunk):
+        part = np.asarray(latents[start : start + chunk], np.float64)
+        for row, frames in enumerate(first_later):
+            sums[row] += part[:, frames].sum((0, 1, 2, 3)), np.square(part[:, frames]).sum((0, 1, 2, 3))
+    counts = [latents[:, frames, ..., 0].size for frames in first_later]
+    mean, square = np.moveaxis(sums / np.reshape(counts, (2, 1, 1)), 1, 0)
+    deviation = np.sqrt(np.maximum(square - mean**2, 1e-8))
+    rows = [tuple(map(tuple, table.tolist())) for table in (mean, deviation)]
+    return dataclasses.replace(config, latents_mean=rows[0], latents_std=rows[1])
 
 
 def train_flow(
@@ -195,7 +250,8 @@ def train_flow(
         clip_length=video.clip_length,
         hooks=sharding_hooks(mesh),
     )
-    readers: dict[str, TextTokenizer] = text_tokenizers(tokenizers, video)
+    readers = text_tokenizers(tokenizers, video)
+    check_vocabularies(readers, config)
     stream = _stream(source, run.recipe.batch, run.loop.seed, keys=("latents",), tokenizers=readers)
     given = () if start is None else ({k: v for k, v in start.params.items() if k != CODEC},)
     feed = Feed(stream, recipe.batch_spec())
@@ -211,8 +267,3 @@ def without_blocks(system: VideoSystem, drop: Sequence[int]) -> tuple[VideoSyste
     smaller, params, kept = remove_blocks(system.config.diffusion_transformer, system.params[DENOISER], drop)
     config = dataclasses.replace(system.config, diffusion_transformer=smaller)
     return dataclasses.replace(system, config=config, params={**system.params, DENOISER: params}), kept
-
-
-def tokenizer_folders(checkpoint: str | Path) -> dict[str, Path]:
-    """The tokenizer folders of an official-layout folder, by name."""
-    return dict(load_folder(checkpoint).tokenizers)

@@ -36,3 +36,29 @@ class GoldenCase:
 def golden():
     """Function from a case's name to its ``GoldenCase``."""
     return lambda case: GoldenCase(GOLDEN / case)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Folder with ``system`` (official layout, random weights) and ``tokenizers``; read only."""
+    import tiny_system
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_system.write_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """The tiny folder's system in memory."""
+    from nd_jax.system import load_system
+
+    return load_system(tiny_folder / "system")
+
+
+@pytest.fixture(scope="session")
+def tiny_generator(tiny):
+    """Up to 17 frames of 64 x 128 with the tiny system, its programs compiled once for the whole session."""
+    import tiny_system
+
+    return tiny_system.quick_generator(tiny, height=64, width=128, frames=17)

@@ -1,16 +1,13 @@
 """Encoded datasets: every clip's latents and captions, computed once, so that training need not run the codec.
 
 A folder of three files: ``latents.npy`` float32 [N, U, h, w, C] as the codec gives them (not normalised),
-``captions.json`` (a list of captions for every clip) and ``info.json``.
+``captions.json`` (a list of captions for every clip) and ``info.json`` (for people).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +15,25 @@ import numpy as np
 from jaxtyping import Float
 
 from nd_jax.errors import UserError
+from nd_jax.outputs import new_folder
 
 
 def write_latents(
     folder: str | Path,
-    clips: Iterable[Any],
+    batches: Iterable[Float[np.ndarray, "b u h w c"]],
     captions: Sequence[Sequence[str]],
-    encode: Callable[[Any], Float[np.ndarray, "b u h w c"]],
     *,
     info: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Encode batches of clips, in whatever form ``encode`` takes them, into ``folder``; it appears whole or not at all.
+    """Write latents, batch after batch of clips, into ``folder``; it appears whole or not at all.
 
     ``captions[n]`` are the captions of clip n. Raises UserError for an existing folder without ``overwrite`` and when
     clips and captions do not agree in number.
     """
-    folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder} exists: use --overwrite to replace it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
-    try:
+    with new_folder(folder, overwrite=overwrite) as part:
         table, count = None, 0
-        for clip in clips:
-            latents = np.asarray(encode(clip), np.float32)
+        for latents in batches:
             if count + len(latents) > len(captions):
                 raise UserError(f"latents: more clips than the {len(captions)} lists of captions")
             if table is None:
@@ -50,17 +41,12 @@ def write_latents(
                 table = np.lib.format.open_memmap(part / "latents.npy", "w+", np.float32, shape)
             table[count : count + len(latents)] = latents
             count += len(latents)
-        if count != len(captions):
-            raise UserError(f"latents: {count} clips for {len(captions)} lists of captions, expected as many")
+        if table is None or count != len(captions):
+            raise UserError(f"latents: {count} clips for {len(captions)} lists of captions, expected as many, not none")
         table.flush()
-        (part / "captions.json").write_text(json.dumps([list(texts) for texts in captions]))
+        (part / "captions.json").write_text(json.dumps([list(texts) for texts in captions]), encoding="utf-8")
         (part / "info.json").write_text(json.dumps({"clips": count, **(info or {})}, indent=2))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
+    return Path(folder)
 
 
 class LatentSource:
@@ -81,9 +67,10 @@ class LatentSource:
             isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
             for texts in self.captions
         )
-        if self.latents.ndim != 5 or self.latents.dtype != np.float32 or not strings:
+        if self.latents.ndim != 5 or self.latents.dtype != np.float32 or not self.latents.size or not strings:
             raise UserError(
-                f"latents: {folder} holds {self.latents.dtype} {list(self.latents.shape)}, expected float32 [N, U, h, w, C] with captions"
+                f"latents: {folder} holds {self.latents.dtype} {list(self.latents.shape)}, expected float32 "
+                "[N, U, h, w, C], none of them 0, and a list of captions for each of the N clips"
             )
         if len(self.captions) != len(self.latents):
             raise UserError(
@@ -98,7 +85,7 @@ class LatentSource:
         return len(self.latents) * self.variants
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        variant, clip = divmod(index, len(self.latents))
+        variant, clip = divmod(int(index), len(self.latents))
         # The golden ratio's multiples are spread evenly over [0, 1): any stretch of examples has its share.
         dropped = (index * 0.6180339887498949) % 1 < self.dropout
         return {"latents": np.array(self.latents[clip]), "caption": "" if dropped else self.captions[clip][variant]}

@@ -261,16 +261,23 @@ class TextTokenizer:
 
 
 def train_tokenizers(
-    folder: str | Path, lines: Iterable[str], *, t5_length: int = 24, clip_length: int = 24, t5_vocab: int = 512
+    folder: str | Path,
+    lines: Iterable[str],
+    *,
+    t5_length: int = 24,
+    clip_length: int = 24,
+    t5_vocab: int = 512,
+    clip_vocab: int = 1024,
 ) -> dict[str, int]:
     """Write ``tokenizer``, ``tokenizer_2`` (CLIP, padded with the end mark and with "!") and ``tokenizer_3`` (T5).
 
     The layout is that of an official checkpoint folder. Returns the number of ids of each.
     """
     folder, lines = Path(folder), list(lines)
+    clip = {"vocab_size": clip_vocab, "max_length": clip_length}
     return {
-        "tokenizer": train_clip_tokenizer(lines, folder / "tokenizer", max_length=clip_length),
-        "tokenizer_2": train_clip_tokenizer(lines, folder / "tokenizer_2", max_length=clip_length, pad_token="!"),
+        "tokenizer": train_clip_tokenizer(lines, folder / "tokenizer", **clip),
+        "tokenizer_2": train_clip_tokenizer(lines, folder / "tokenizer_2", pad_token="!", **clip),
         "tokenizer_3": train_t5_tokenizer(lines, folder / "tokenizer_3", vocab_size=t5_vocab, max_length=t5_length),
     }
 

@@ -7,7 +7,7 @@ rows may stand at different units of their videos. Text encoders are trained alo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +47,13 @@ class FlowRecipeConfig:
     train_text: bool = True
     """Train the text encoders along with the denoiser."""
     microbatches: int = 1
-    remat: str = "none"
-    dtype: str = "float32"
+    """Passes per update; each needs 1 / microbatches of the memory."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass recomputes: nothing, every block, or all but the results of dense products."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; norms, softmax, rotary embeddings, timesteps and losses are float32 in any case."""
     ema_decay: float = 0.999
+    """Of the averaged parameters, which are the result."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.95, weight_decay=1e-4, warmup_steps=1000))
 
 
@@ -85,6 +88,11 @@ class FlowRecipe:
             raise UserError(
                 f"flow matching: batch {config.batch} and stage mix {config.stage_mix}; expected one share for each of "
                 f"the {schedule.stages} stages and a batch that is a multiple of their sum"
+            )
+        rows = config.batch // len(self.columns)
+        if config.microbatches < 1 or rows % config.microbatches:
+            raise UserError(
+                f"flow matching: {config.microbatches} microbatches of {rows} rows a column; expected a divisor of {rows}"
             )
         dtype = jnp.dtype(config.dtype)
         self.definitions = system.definitions(dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 from nd_jax.errors import UserError
 from nd_jax.models.system import SystemConfig
+from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.recipes.codec import CodecRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
@@ -34,18 +35,7 @@ class VideoConfig:
     """CLIP tokens."""
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How videos are sampled. ``first_`` is for a unit without history, ``later_`` for all others."""
-
-    first_steps: tuple[int, ...] = (20, 20, 20)
-    """Euler steps per stage, lowest resolution first."""
-    later_steps: tuple[int, ...] = (10, 10, 10)
-    first_guidance: float = 7.0
-    """v_uncond + w (v_cond - v_uncond); 0 runs the denoiser once per step, without a negative prompt."""
-    later_guidance: float = 5.0
-    grid: str = "official"
-    """"official" (its last step covers a thousandth) or "plain" (even steps)."""
+SamplingConfig = SamplePlan
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Preset:
     name: str
     system: SystemConfig
     video: VideoConfig
-    sampling: SamplingConfig
+    sampling: SamplePlan
     runs: Mapping[str, CodecRun | FlowRun]
     schedule: Schedule = field(default_factory=Schedule)
     world: str | None = None

@@ -23,11 +23,18 @@ from nd_jax.models.mmdit import MMDiTConfig
 def one_minus_cosine(
     before: Float[Array, "b l d"], after: Float[Array, "b l d"], weight: Float[Array, "b l"]
 ) -> Float[Array, 2]:
-    """Weighted sum over tokens of ``1 - cos(before, after)``, and the sum of the weights."""
-    before, after = before.astype(jnp.float32), after.astype(jnp.float32)
-    norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
-    cosine = jnp.sum(before * after, axis=-1) / jnp.maximum(norms, 1e-12)
-    return jnp.stack([jnp.sum(weight * (1 - cosine)), jnp.sum(weight)])
+    """Weighted sum over tokens of ``1 - cos(before, after)``, and the sum of the weights.
+
+    Half the squared distance of the unit vectors is the same number without its cancellation: never below 0, and 0
+    for equal tokens.
+    """
+
+    def unit(x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+    distance = 0.5 * jnp.sum(jnp.square(unit(before) - unit(after)), axis=-1)
+    return jnp.stack([jnp.sum(weight * distance), jnp.sum(weight)])
 
 
 def influence_reducer(image_weight: Float[Array, "b l"], text_weight: Float[Array, "b s"]):
@@ -58,7 +65,7 @@ class BlockInfluence:
     @property
     def score(self) -> Float[np.ndarray, " k"]:
         """Mean of both, each scaled to a largest value of 1: the two are uncorrelated and of different size."""
-        return sum(x / max(x.max(), 1e-12) for x in (self.image, self.text)) / 2
+        return sum(x / (x.max() or 1.0) for x in (self.image, self.text)) / 2
 
 
 def choose_blocks(score: Float[np.ndarray, " k"], count: int, protect: Sequence[int] = ()) -> tuple[int, ...]:

@@ -1,0 +1,56 @@
+"""``nd-jax data prepare`` and ``nd-jax data latents``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from nd_jax.commands.console import check_at_least, console, progress_bar, say
+from nd_jax.outputs import check_new, new_folder
+
+
+def data_prepare(preset: Positional[str], out: Path, clips: int = 2048, seed: int = 0, overwrite: bool = False) -> None:
+    """Draw the captioned shapes dataset of a preset, and train its tokenizers.
+
+    Args:
+        preset: name of a preset with a shapes world, such as shapes_tiny.
+        out: folder for the dataset; its tokenizers are in out/tokenizers.
+        clips: clips in the training split; about 4 ms and 20 kB each.
+        seed: of everything that is drawn.
+        overwrite: replace an existing dataset.
+    """
+    check_at_least(1, clips=clips)
+    check_at_least(0, seed=seed)
+    check_new(out, overwrite=overwrite)
+    from nd_jax.data.captions import corpus
+    from nd_jax.recipes.preset import load_preset
+    from nd_jax.workflow import prepare_data, prepare_tokenizers
+
+    chosen = load_preset(preset)
+    with new_folder(out, overwrite=overwrite) as part, console.status(f"drawing {clips} clips"):
+        prepare_data(chosen, part, clips=clips, seed=seed)
+        prepare_tokenizers(chosen, corpus(seed=seed), part / "tokenizers")
+    say(f"{clips} clips and three tokenizers")
+    print(out)
+
+
+def data_latents(data: Path, codec: Path, out: Path, seed: int = 0, overwrite: bool = False) -> None:
+    """Encode a prepared dataset with a trained codec, once.
+
+    Args:
+        data: folder of `nd-jax data prepare`.
+        codec: component folder of a codec, such as RUN/codec.
+        out: folder for the latents and their captions.
+        seed: of the captions.
+        overwrite: replace an existing folder.
+    """
+    check_at_least(0, seed=seed)
+    check_new(out, overwrite=overwrite)
+    from nd_jax.workflow import encode_clips, open_data, shapes_captions
+
+    clips = open_data(data)
+    captions = shapes_captions(clips, seed=seed)
+    with progress_bar("encoding clips", len(clips)) as progress:
+        encode_clips(codec, clips, captions, out, overwrite=overwrite, progress=progress)
+    print(out)

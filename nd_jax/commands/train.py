@@ -1,0 +1,123 @@
+"""``nd-jax train PRESET RUN``: the options are the fields of that run's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from nd_jax.commands.console import say
+from nd_jax.errors import UserError
+from nd_jax.recipes.preset import CodecRun, FlowRun, Preset, load_preset, preset_names
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class CodecOptions:
+    """Train a codec on clips of a dataset or on video files. Run the same command again to resume."""
+
+    out: Path
+    """Folder for checkpoints, metrics and the result, out/codec."""
+    settings: Annotated[CodecRun, arg(name="")]
+    data: Path | None = None
+    """Folder of `nd-jax data prepare`."""
+    videos: tuple[Path, ...] = ()
+    """Video files to train on, instead."""
+
+
+@dataclass(frozen=True)
+class FlowOptions:
+    """Flow matching on encoded clips, from scratch or from a system. Run the same command again to resume."""
+
+    out: Path
+    """Folder for checkpoints, metrics and the result, out/system."""
+    settings: Annotated[FlowRun, arg(name="")]
+    latents: Path
+    """Folder of `nd-jax data latents`."""
+    data: Path | None = None
+    """Folder of `nd-jax data prepare`, for its tokenizers; not needed with --start."""
+    codec: Path | None = None
+    """The codec's component folder; not needed with --start."""
+    start: Path | None = None
+    """System folder to start from, such as one of `nd-jax prune apply`."""
+
+
+def train(preset: str, run: str, options: CodecOptions | FlowOptions) -> int:
+    """Run one recipe of a preset. Returns the exit code, 130 when a signal interrupted it."""
+    work = _train_codec if isinstance(options, CodecOptions) else _train_flow
+    outcome, result = work(load_preset(preset), run, options)
+    say(f"stopped at step {outcome.step} ({outcome.reason}), {outcome.seconds:.0f} s")
+    if not outcome.finished:
+        say("run the same command again to continue")
+        return INTERRUPTED
+    print(result)
+    return 0
+
+
+def _train_codec(preset: Preset, run: str, options: CodecOptions) -> tuple[Any, Path]:
+    if bool(options.videos) == (options.data is not None):
+        raise UserError(f"train {preset.name} {run}: expected either --data FOLDER or --videos FILE ...")
+    from nd_jax import workflow
+
+    clips = None if options.data is None else workflow.open_data(options.data)
+    outcome = workflow.train_codec(preset, options.settings, options.out, clips=clips, videos=options.videos)
+    return outcome, options.out / "codec"
+
+
+def _train_flow(preset: Preset, run: str, options: FlowOptions) -> tuple[Any, Path]:
+    needed = {"--data": options.data, "--codec": options.codec}
+    missing = [name for name, value in needed.items() if value is None]
+    if options.start is None and missing:
+        raise UserError(f"train {preset.name} {run}: expected {' and '.join(missing)}, or --start FOLDER")
+    from nd_jax import workflow
+    from nd_jax.converters.folders import load_folder
+    from nd_jax.models.system import CODEC
+    from nd_jax.system import TOKENIZERS, load_system, save_system
+
+    if options.start is None:
+        start, tokenizers = None, {name: options.data / "tokenizers" / name for name in TOKENIZERS.values()}
+    else:
+        start, folder = load_system(options.start), load_folder(options.start)
+        tokenizers = dict(folder.tokenizers)
+    codec = options.codec or folder.components[CODEC]
+    outcome, system = workflow.train_flow(
+        preset,
+        run,
+        options.settings,
+        options.out,
+        latents=options.latents,
+        codec_folder=codec,
+        tokenizers=tokenizers,
+        start=start,
+    )
+    if system is not None:
+        save_system(options.out / "system", system, tokenizers, overwrite=True)
+    return outcome, options.out / "system"
+
+
+def resolve(arguments: Sequence[str]) -> tuple[Callable, Sequence[str], str, Callable[[Any], int]]:
+    """What the words after ``nd-jax train`` stand for: options, remaining words, name of the command, and the work.
+
+    Raises UserError, and SystemExit after printing help.
+    """
+    help_wanted = any(word in ("-h", "--help") for word in arguments)
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    known = preset_names() if not words else [words[0]]
+    told = "; ".join(f"{name}: {', '.join(load_preset(name).runs)}" for name in known)
+    if len(words) < 2:
+        if help_wanted:
+            print(f"usage: nd-jax train PRESET RUN --out FOLDER [options]\n\nruns of each preset: {told}")
+            print("\nnd-jax train PRESET RUN --help lists that run's options with their defaults.")
+            raise SystemExit(0)
+        raise UserError(f"train: expected PRESET RUN first; {told}")
+    settings = load_preset(words[0]).run(words[1])
+    options = FlowOptions if isinstance(settings, FlowRun) else CodecOptions
+    return partial(options, settings=settings), arguments[2:], "nd-jax train " + " ".join(words), partial(train, *words)
+
+
+train.resolve = resolve
