@@ -18,6 +18,7 @@ from nd_jax.training.optim import OptimConfig
 
 WIDTH, HEADS = 128, 4
 TEXT_LENGTH = 24
+LATENT_CHANNELS = 12
 
 tower = CLIPTextConfig(
     vocab_size=1024,
@@ -36,6 +37,7 @@ system = SystemConfig(
     diffusion_transformer=MMDiTConfig(
         sample_size=8,
         patch_size=1,
+        in_channels=LATENT_CHANNELS,
         num_layers=8,
         attention_head_dim=WIDTH // HEADS,
         num_attention_heads=HEADS,
@@ -44,6 +46,8 @@ system = SystemConfig(
         pos_embed_max_size=16,
     ),
     causal_video_vae=NativeVAEConfig(
+        encoder_out_channels=LATENT_CHANNELS,
+        decoder_in_channels=LATENT_CHANNELS,
         encoder_block_out_channels=(8, 8, 24, 48),
         decoder_block_out_channels=(8, 8, 24, 48),
         encoder_layers_per_block=(1, 1, 1, 1),
@@ -65,32 +69,32 @@ PRESET = Preset(
     runs={
         "codec": CodecRun(
             recipe=CodecRecipeConfig(
-                batch=4,
-                frames=9,
-                optim=OptimConfig(learning_rate=5e-4, warmup_steps=50, decay_steps=500, b2=0.98, weight_decay=1e-5),
+                batch=2,
+                frames=17,
+                optim=OptimConfig(learning_rate=4e-4, warmup_steps=50, decay_steps=450, b2=0.98, weight_decay=1e-5),
             ),
-            loop=LoopConfig(steps=500, save_every=250, log_every=10),
+            loop=LoopConfig(steps=450, save_every=225, log_every=10),
         ),
         "teacher": FlowRun(
             recipe=FlowRecipeConfig(
-                batch=32,
-                stage_mix=(1, 1, 2),
-                ema_decay=0.99,
+                batch=24,
+                stage_mix=(3, 2, 1),
+                ema_decay=0.995,
                 optim=OptimConfig(
-                    learning_rate=1e-3,
-                    warmup_steps=50,
-                    decay_steps=700,
+                    learning_rate=1.5e-3,
+                    warmup_steps=100,
+                    decay_steps=1300,
                     b2=0.95,
                     weight_decay=1e-4,
                     final_fraction=0.05,
                 ),
             ),
-            loop=LoopConfig(steps=700, save_every=350, log_every=10),
+            loop=LoopConfig(steps=1300, save_every=650, log_every=10),
         ),
         "recovery": FlowRun(
             recipe=FlowRecipeConfig(
-                batch=32,
-                stage_mix=(1, 1, 2),
+                batch=24,
+                stage_mix=(3, 2, 1),
                 ema_decay=0.98,
                 train_text=False,
                 optim=OptimConfig(
@@ -102,7 +106,7 @@ PRESET = Preset(
                     final_fraction=0.05,
                 ),
             ),
-            loop=LoopConfig(steps=120, save_every=60, log_every=10),
+            loop=LoopConfig(steps=200, save_every=100, log_every=10),
         ),
     },
 )

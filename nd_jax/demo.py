@@ -170,8 +170,6 @@ def scaled(preset: Preset, name: str, scale: float) -> Any:
         decay_steps=times(run.recipe.optim.decay_steps),
     )
     recipe = dataclasses.replace(run.recipe, optim=optim)
-    if hasattr(recipe, "anchor_steps"):
-        recipe = dataclasses.replace(recipe, anchor_steps=times(recipe.anchor_steps))
     return dataclasses.replace(run, recipe=recipe, loop=dataclasses.replace(run.loop, steps=times(run.loop.steps)))
 
 
