@@ -63,17 +63,18 @@ PRESET = Preset(
     system=system,
     video=VideoConfig(height=64, width=64, frames=33, text_length=TEXT_LENGTH, clip_length=TEXT_LENGTH),
     sampling=SamplingConfig(
-        first_steps=(4, 4, 4), later_steps=(4, 4, 4), first_guidance=1.5, later_guidance=1.5, grid="plain"
+        first_steps=(4, 4, 4), later_steps=(4, 4, 4), first_guidance=2.0, later_guidance=2.0, grid="plain"
     ),
     world="64x64",
+    plain_captions=True,
     runs={
         "codec": CodecRun(
             recipe=CodecRecipeConfig(
                 batch=2,
                 frames=17,
-                optim=OptimConfig(learning_rate=4e-4, warmup_steps=50, decay_steps=450, b2=0.98, weight_decay=1e-5),
+                optim=OptimConfig(learning_rate=2e-4, warmup_steps=50, decay_steps=260, b2=0.98, weight_decay=1e-5),
             ),
-            loop=LoopConfig(steps=450, save_every=225, log_every=10),
+            loop=LoopConfig(steps=260, save_every=130, log_every=10),
         ),
         "teacher": FlowRun(
             recipe=FlowRecipeConfig(
@@ -83,13 +84,13 @@ PRESET = Preset(
                 optim=OptimConfig(
                     learning_rate=1.5e-3,
                     warmup_steps=100,
-                    decay_steps=1300,
+                    decay_steps=1600,
                     b2=0.95,
                     weight_decay=1e-4,
                     final_fraction=0.05,
                 ),
             ),
-            loop=LoopConfig(steps=1300, save_every=650, log_every=10),
+            loop=LoopConfig(steps=1600, save_every=400, log_every=10),
         ),
         "recovery": FlowRun(
             recipe=FlowRecipeConfig(
@@ -100,13 +101,13 @@ PRESET = Preset(
                 optim=OptimConfig(
                     learning_rate=5e-4,
                     warmup_steps=20,
-                    decay_steps=200,
+                    decay_steps=250,
                     b2=0.95,
                     weight_decay=1e-4,
                     final_fraction=0.05,
                 ),
             ),
-            loop=LoopConfig(steps=200, save_every=100, log_every=10),
+            loop=LoopConfig(steps=250, save_every=125, log_every=10),
         ),
     },
 )

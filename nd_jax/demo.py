@@ -10,6 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from nd_jax import workflow
 from nd_jax.converters.component import load_component
+from nd_jax.data.captions import corpus
 from nd_jax.data.clips import example_clips, read_video
 from nd_jax.data.source import ShapesSource
 from nd_jax.data.source import prompts as world_prompts
@@ -80,9 +82,8 @@ def demo(
     # ---- data
     builder = watch("draw the dataset", lambda: workflow.prepare_data(chosen, out / "data", clips=clips, seed=seed))
     train = builder.as_data_source("train")
-    captions = workflow.shapes_captions(train, seed=seed)
-    lines = [line for several in captions for line in several]
-    tokenizers = workflow.prepare_tokenizers(chosen, lines, out / "data" / "tokenizers")
+    captions = workflow.shapes_captions(train, seed=seed, plain=chosen.plain_captions)
+    tokenizers = workflow.prepare_tokenizers(chosen, corpus(seed=seed), out / "data" / "tokenizers")
 
     # ---- codec
     watch(
@@ -111,7 +112,7 @@ def demo(
     teacher = watch("train the teacher", lambda: flow("teacher"))
 
     # ---- prune and recover
-    asked, _ = world_prompts(world, "train", 8, seed=seed)
+    asked, _ = world_prompts(world, "train", 8, seed=seed, plain=chosen.plain_captions)
     influence = watch("measure block influence", lambda: block_influence(teacher, asked, seed=seed))
     depth = teacher.config.diffusion_transformer.num_layers
     drop = choose_blocks(influence.score, depth // 4)
@@ -130,7 +131,10 @@ def demo(
         "student, through the torch folder": again,
     }
     judged = {
-        name: watch(f"judge: {name}", lambda s=s: evaluate_system(s, world, count=prompts, seed=seed, batch=16))
+        name: watch(
+            f"judge: {name}",
+            partial(evaluate_system, s, world, plain=chosen.plain_captions, count=prompts, seed=seed, batch=16),
+        )
         for name, s in systems.items()
     }
     same = bool(np.array_equal(judged["recovered student"].videos, judged["student, through the torch folder"].videos))
@@ -210,20 +214,18 @@ def write_demo_report(
 ) -> None:
     """report.html, summary.json and the files they are made of."""
     world = world_named(preset.world)
-    captions, _ = world_prompts(world, "seen", len(judged["teacher"].videos), seed=seed + 1)
+    captions, _ = world_prompts(
+        world, "seen", len(judged["teacher"].videos), seed=seed + 1, plain=preset.plain_captions
+    )
     made, scores = shapes
     sections = [
         accuracy_table(
             judged,
             "teacher",
             title="What each step cost and kept",
-            note="Share of attributes that a judge without learned parts reads from the videos as the prompts name them, with "
-            "the same prompts and noise in every row. "
-            + (
-                "The student read back from its PyTorch folder makes the same videos, bit for bit."
-                if same
-                else "The student read back from its PyTorch folder does not make the same bits."
-            ),
+            note="Share of attributes that a judge without learned parts reads from the videos as prompted; "
+            "the same prompts and noise in every row. Read back from its PyTorch folder the student makes "
+            + ("the same videos, bit for bit." if same else "videos that differ."),
         ),
         gallery(out / "videos", judged, captions, title="The same prompts and noise in every column"),
         Curves(

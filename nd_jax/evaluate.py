@@ -21,6 +21,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from nd_jax.data import judge
 from nd_jax.data.source import prompts as world_prompts
 from nd_jax.data.world import ATTRIBUTES, World
+from nd_jax.errors import UserError
 from nd_jax.generate import Generator, generate
 from nd_jax.models.causal_vae import definition, posterior
 from nd_jax.models.codec_config import CodecConfig
@@ -78,14 +79,24 @@ def evaluate_system(
     world: World,
     *,
     split: str = "seen",
+    plain: bool = False,
     count: int = 48,
     seed: int = 0,
     batch: int = 16,
     generator: Generator | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Judged:
-    """Generate from the first ``count`` prompts of a split and judge the videos."""
-    captions, labels = world_prompts(world, split, count, seed=seed + 1)
+    """Generate from the first ``count`` prompts of a split and judge the videos.
+
+    Raises UserError, before anything is generated, for a system whose videos are not of the world's size.
+    """
+    size = system.video if generator is None else generator
+    if (size.height, size.width) != (world.height, world.width):
+        raise UserError(
+            f"{system.folder or 'evaluate'}: videos of {size.height}x{size.width}, the judge reads "
+            f"{world.height}x{world.width} only"
+        )
+    captions, labels = world_prompts(world, split, count, seed=seed + 1, plain=plain)
     began = time.monotonic()
     videos = generate(system, captions, seed=seed, batch=batch, generator=generator, progress=progress)
     seconds = (time.monotonic() - began) / count

@@ -10,6 +10,7 @@ from nd_jax.data.source import prompts as world_prompts
 from nd_jax.data.video_out import write_video
 from nd_jax.data.world import ATTRIBUTES, World
 from nd_jax.evaluate import ACCURACY_COLUMNS, Judged, accuracy_row
+from nd_jax.outputs import new_file
 from nd_jax.report import Gallery, Table, write_report
 
 GALLERY_ROWS = 8
@@ -46,13 +47,17 @@ def gallery(
     return Gallery(title, list(judged), lines, note)
 
 
-def write_evaluation(out: Path, world: World, split: str, seed: int, judged: Mapping[str, Judged]) -> Path:
+def write_evaluation(
+    out: Path, world: World, split: str, seed: int, judged: Mapping[str, Judged], *, plain: bool = False
+) -> Path:
     """report.html and summary.json in ``out``. Returns the report's path."""
-    captions, _ = world_prompts(world, split, next(iter(judged.values())).scores.count, seed=seed + 1)
+    count = next(iter(judged.values())).scores.count
+    captions, _ = world_prompts(world, split, count, seed=seed + 1, plain=plain)
     baseline = next(iter(judged))
     table = accuracy_table(judged, baseline, title="Judged accuracy", note=f"Prompts: split {split}, seed {seed}.")
     videos = gallery(out / "videos", judged, captions, title="The same prompts and noise")
-    (out / "summary.json").write_text(json.dumps({name: each.summary() for name, each in judged.items()}, indent=2))
+    with new_file(out / "summary.json", overwrite=True) as part:
+        part.write_text(json.dumps({name: each.summary() for name, each in judged.items()}, indent=2))
     return write_report(
         out / "report.html",
         "nd-jax evaluation",

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from nd_jax.converters.checked_files import read_json
 from nd_jax.converters.component import load_component, save_component
 from nd_jax.data import shapes
-from nd_jax.data.captions import caption
+from nd_jax.data.captions import caption, plain_caption
 from nd_jax.data.clips import ClipSource
 from nd_jax.data.latents import LatentSource, write_latents
 from nd_jax.data.pipeline import batches
@@ -183,8 +183,12 @@ def encode_clips(
     return write_latents(out, latents(), captions, info=info, overwrite=overwrite)
 
 
-def shapes_captions(clips: Any, *, per_clip: int = CAPTIONS_PER_CLIP, seed: int = 0) -> list[list[str]]:
-    """Several captions for every clip of a shapes source: other templates, other synonyms."""
+def shapes_captions(
+    clips: Any, *, per_clip: int = CAPTIONS_PER_CLIP, seed: int = 0, plain: bool = False
+) -> list[list[str]]:
+    """Several captions for every clip of a shapes source: other templates, other synonyms. Or the one plain caption."""
+    if plain:
+        return [[plain_caption(clips[n]["labels"])] for n in range(len(clips))]
     rng = np.random.Generator(np.random.Philox(seed))
     labels = (clips[n]["labels"] for n in range(len(clips)))
     return [[caption(each, rng) for _ in range(per_clip)] for each in labels]

@@ -35,7 +35,9 @@ def data_prepare(preset: Positional[str], out: Path, clips: int = 2048, seed: in
     print(out)
 
 
-def data_latents(data: Path, codec: Path, out: Path, seed: int = 0, overwrite: bool = False) -> None:
+def data_latents(
+    data: Path, codec: Path, out: Path, seed: int = 0, plain: bool = False, overwrite: bool = False
+) -> None:
     """Encode a prepared dataset with a trained codec, once.
 
     Args:
@@ -43,6 +45,7 @@ def data_latents(data: Path, codec: Path, out: Path, seed: int = 0, overwrite: b
         codec: component folder of a codec, such as RUN/codec.
         out: folder for the latents and their captions.
         seed: of the captions.
+        plain: word all captions alike, as shapes_tiny does in the demonstration.
         overwrite: replace an existing folder.
     """
     check_at_least(0, seed=seed)
@@ -50,7 +53,7 @@ def data_latents(data: Path, codec: Path, out: Path, seed: int = 0, overwrite: b
     from nd_jax.workflow import encode_clips, open_data, shapes_captions
 
     clips = open_data(data)
-    captions = shapes_captions(clips, seed=seed)
+    captions = shapes_captions(clips, seed=seed, plain=plain)
     with progress_bar("encoding clips", len(clips)) as progress:
         encode_clips(codec, clips, captions, out, overwrite=overwrite, progress=progress)
     print(out)

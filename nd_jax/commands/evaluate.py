@@ -17,6 +17,7 @@ def evaluate(
     out: Path = Path("evaluation"),
     prompts: int = 48,
     split: Literal["seen", "heldout_combinations", "heldout_templates"] = "seen",
+    plain: bool = False,
     seed: int = 0,
     batch: int = 16,
     overwrite: bool = False,
@@ -28,6 +29,7 @@ def evaluate(
         out: folder for the report.
         prompts: how many.
         split: which prompts.
+        plain: word all prompts alike, for systems that were trained on plain captions only.
         seed: of prompts and noise.
         batch: prompts at a time.
         overwrite: replace an existing report.
@@ -47,6 +49,6 @@ def evaluate(
         system = load_system(path)
         with progress_bar(str(path), prompts) as progress:
             judged[str(path)] = evaluate_system(
-                system, world, split=split, count=prompts, seed=seed, batch=batch, progress=progress
+                system, world, split=split, plain=plain, count=prompts, seed=seed, batch=batch, progress=progress
             )
-    print(write_evaluation(out, world, split, seed, judged))
+    print(write_evaluation(out, world, split, seed, judged, plain=plain))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from nd_jax.data.captions import caption
+from nd_jax.data.captions import caption, plain_caption
 from nd_jax.data.draw import draw
 from nd_jax.data.world import SPLITS, World, sample_labels, sample_scene
 from nd_jax.errors import UserError
@@ -67,7 +67,13 @@ class ShapesSource:
         }
 
 
-def prompts(world: World, split: str, count: int, *, seed: int = 0) -> tuple[list[str], Int[np.ndarray, "n objects 5"]]:
-    """Captions of a split's first ``count`` examples and the labels they name, to generate from and to judge."""
+def prompts(
+    world: World, split: str, count: int, *, seed: int = 0, plain: bool = False
+) -> tuple[list[str], Int[np.ndarray, "n objects 5"]]:
+    """Captions of a split's first ``count`` examples and the labels they name, to generate from and to judge.
+
+    ``plain`` words them all alike, for systems that were trained on plain captions only.
+    """
     source = ShapesSource(world, split, count, seed)
-    return [source.caption(index) for index in range(count)], source.labels.copy()
+    captions = (plain_caption(source.labels[n]) if plain else source.caption(n) for n in range(count))
+    return list(captions), source.labels.copy()

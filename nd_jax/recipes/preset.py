@@ -66,6 +66,8 @@ class Preset:
     schedule: Schedule = field(default_factory=Schedule)
     world: str | None = None
     """The shapes world it trains on, if any."""
+    plain_captions: bool = False
+    """Whether its runs of minutes are trained and judged on captions that are all worded alike."""
     tokenizer_vocabulary: int = 512
     """Pieces of the T5 tokenizer that is trained for a shapes world; CLIP's has twice as many."""
 
