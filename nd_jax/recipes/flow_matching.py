@@ -31,7 +31,7 @@ from nd_jax.training.state import TrainState
 
 @dataclass(frozen=True)
 class FlowRecipeConfig:
-    """What a flow-matching run does besides its optimizer (paper, section 3; REFERENCE numbers as defaults)."""
+    """What a flow-matching run does besides its optimizer (arXiv 2410.05954; the published numbers as defaults)."""
 
     batch: int = 64
     """Videos per update; a multiple of the sum of ``stage_mix``."""
@@ -92,7 +92,7 @@ class FlowRecipe:
         rows = config.batch // len(self.columns)
         if config.microbatches < 1 or rows % config.microbatches:
             raise UserError(
-                f"flow matching: {config.microbatches} microbatches of {rows} rows a column; expected a divisor of {rows}"
+                f"flow matching: {config.microbatches} microbatches, {rows} rows a column; expected a divisor of {rows}"
             )
         dtype = jnp.dtype(config.dtype)
         self.definitions = system.definitions(dtype)
