@@ -21,12 +21,19 @@ class FrameGroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels,)))
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        b, t, h, w, c = x.shape
-        grouped = x.astype(jnp.float32).reshape(b, t, h * w, self.groups, c // self.groups)
-        mean = grouped.mean((2, 4), keepdims=True)
-        variance = jnp.square(grouped - mean).mean((2, 4), keepdims=True)
-        normal = ((grouped - mean) * jax.lax.rsqrt(variance + EPS)).reshape(b, t, h, w, c)
-        return (normal * self.scale[...] + self.bias[...]).astype(x.dtype)
+        centred = x.astype(jnp.float32)
+        centred = centred - self._group_mean(centred)
+        deviation = jax.lax.rsqrt(self._group_mean(jnp.square(centred)) + EPS)
+        return (centred * (deviation * self.scale[...]) + self.bias[...]).astype(x.dtype)
+
+    def _group_mean(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t 1 1 c"]:
+        """Mean over each frame and group, repeated for the group's channels.
+
+        Positions first, channels after: reducing both at once is 2 to 5 times slower on XLA:CPU, its gradient 8.
+        """
+        each = x.mean((2, 3), keepdims=True)
+        groups = each.reshape(*each.shape[:-1], self.groups, -1)
+        return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(each.shape)
 
 
 class ResidualBlock(nnx.Module):

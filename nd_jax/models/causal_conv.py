@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -49,17 +50,47 @@ def causal_conv(
     past: Float[Array, "b p h w c"] | None,
     strides: tuple[int, int, int] = (1, 1, 1),
 ) -> Float[Array, "b t2 h2 w2 o"]:
-    """3-D convolution, zero padding of ``k // 2`` in space; in time it sees ``past`` (None: zeros) and no future."""
-    time, height, width = kernel.shape[:3]
-    pad = (time - 1, 0)
+    """3-D convolution, zero padding of ``k // 2`` in space; in time it sees ``past`` (None: zeros) and no future.
+
+    At the start of a clip a single frame meets only the last time slice of the kernel, so a 2-D convolution remains.
+    """
+    reach = kernel.shape[0] - 1
     if past is not None:
-        x, pad = jnp.concatenate([past.astype(x.dtype), x], axis=1), (0, 0)
+        x = jnp.concatenate([past.astype(x.dtype), x], axis=1)
     elif x.shape[1] == 1:
-        kernel, pad = kernel[-1:], (0, 0)  # all frames before the first are zeros: only the last time slice acts
-    space = [(height // 2, height // 2), (width // 2, width // 2)]
-    return lax.conv_general_dilated(
-        x, kernel, strides, [pad, *space], dimension_numbers=("NTHWC", "THWIO", "NTHWC")
+        kernel = kernel[-1:]
+    elif reach:
+        x = jnp.pad(x, ((0, 0), (reach, 0), (0, 0), (0, 0), (0, 0)))
+    return lax.platform_dependent(
+        x, kernel, cpu=partial(_conv_by_frames, strides=strides), default=partial(_conv_3d, strides=strides)
     )
+
+
+def _conv_3d(x: Array, kernel: Array, strides: tuple[int, int, int]) -> Array:
+    height, width = kernel.shape[1:3]
+    pad = [(0, 0), (height // 2, height // 2), (width // 2, width // 2)]
+    return lax.conv_general_dilated(x, kernel, strides, pad, dimension_numbers=("NTHWC", "THWIO", "NTHWC"))
+
+
+def _conv_by_frames(x: Array, kernel: Array, strides: tuple[int, int, int]) -> Array:
+    """The same as one 2-D convolution over all frames, whose input channels are the frames that one output sees.
+
+    XLA:CPU has no fast 3-D convolution: this is 5 to 9 times faster forward and about as much backward.
+    """
+    time, height, width, _, outputs = kernel.shape
+    frames = (x.shape[1] - time) // strides[0] + 1
+    last = (frames - 1) * strides[0] + 1
+    seen = [x[:, j : j + last : strides[0]] for j in range(time)]
+    x = jnp.concatenate(seen, axis=-1) if time > 1 else seen[0]
+    kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(height, width, -1, outputs)
+    y = lax.conv_general_dilated(
+        x.reshape(-1, *x.shape[2:]),
+        kernel,
+        strides[1:],
+        [(height // 2, height // 2), (width // 2, width // 2)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y.reshape(-1, frames, *y.shape[1:])
 
 
 class CausalConv(nnx.Module):

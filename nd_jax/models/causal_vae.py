@@ -17,7 +17,6 @@ from nd_jax.models.functional import Definition
 from nd_jax.models.native_decoder import NativeDecoder
 from nd_jax.models.posterior import Posterior, posterior
 from nd_jax.models.taehv import TAEHVDecoder
-from nd_jax.models.tiling import tiled
 
 __all__ = [
     "AsymmetricVAEConfig",
@@ -68,20 +67,26 @@ class VideoVAE(nnx.Module):
         carry = Carry(frames)
         return self._moments(video, carry), carry.frames
 
-    def encode_tiled(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b t2 h2 w2 m"]:
-        """``encode`` in overlapping tiles of ``config.sample_size`` pixels."""
-        self._check_video(video)
-        tile = self.config.sample_size
-        return tiled(lambda x: self._moments(x, Carry()), video, tile, tile // self.config.tile_scale)
-
     def decode(
         self,
         latent: Float[Array, "b t h w c"],
         drop_first: bool = True,
         activations: dict[str, Array] | None = None,
     ) -> Float[Array, "b t2 h2 w2 3"]:
-        """Video of a whole clip of latents, not clamped: 8T - 7 frames, or all 8T without ``drop_first``."""
-        return self._video(latent, Carry(), drop_first, activations)
+        """Video of a whole clip of latents, not clamped: 8T - 7 frames, or all 8T without ``drop_first``.
+
+        ``activations``, if given, is filled with the output of every stage (native) or entry (tiny decoder).
+        """
+        x = self._post_quant(latent, Carry())
+        if activations is not None:
+            activations["post_quant_conv"] = x
+        if isinstance(self.decoder, NativeDecoder):
+            return self.decoder(x, Carry(), drop_first, activations)
+        if activations is None:
+            return self._trim(self.decoder(x), drop_first)
+        outputs = self.decoder.entries(x)
+        activations.update({f"{i:02d}": output for i, output in enumerate(outputs)})
+        return self._trim(outputs[-1], drop_first)
 
     def decode_chunk(
         self, latent: Float[Array, "b t h w c"], frames: Frames | None = None
@@ -90,13 +95,14 @@ class VideoVAE(nnx.Module):
 
         ``frames`` None starts a clip (8t - 7 frames come out); afterwards pass the frames returned (8t come out).
         """
-        carry = Carry(frames)
-        return self._video(latent, carry, drop_first=frames is None), carry.frames
-
-    def decode_tiled(self, latent: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 3"]:
-        """``decode`` in overlapping tiles of ``config.sample_size`` pixels."""
-        tile = self.config.sample_size
-        return tiled(lambda z: self._video(z, Carry(), True), latent, tile // self.config.tile_scale, tile)
+        first = frames is None
+        x = self._post_quant(latent, Carry())
+        if isinstance(self.decoder, NativeDecoder):
+            carry = Carry(frames)
+            return self.decoder(x, carry, drop_first=first), carry.frames
+        b, _, h, w, _ = latent.shape
+        video, frames = self.decoder.stream(x, self.decoder.start(b, h, w, x.dtype) if first else frames)
+        return self._trim(video, first), frames
 
     def __call__(
         self, video: Float[Array, "b t h w 3"], noise: Float[Array, "b t2 h2 w2 c"] | None = None
@@ -108,15 +114,10 @@ class VideoVAE(nnx.Module):
     def _moments(self, video: Array, carry: Carry, activations: dict[str, Array] | None = None) -> Array:
         return self.quant_conv(self.encoder(video, carry, activations), carry)
 
-    def _video(
-        self, latent: Array, carry: Carry, drop_first: bool, activations: dict[str, Array] | None = None
-    ) -> Array:
-        x = latent if self.post_quant_conv is None else self.post_quant_conv(latent, carry)
-        if activations is not None:
-            activations["post_quant_conv"] = x
-        if isinstance(self.decoder, NativeDecoder):
-            return self.decoder(x, carry, drop_first, activations)
-        video = self.decoder(x, carry, activations)
+    def _post_quant(self, latent: Array, carry: Carry) -> Array:
+        return latent if self.post_quant_conv is None else self.post_quant_conv(latent, carry)
+
+    def _trim(self, video: Array, drop_first: bool) -> Array:
         return video[:, self.config.frames_per_latent - 1 :] if drop_first else video
 
     def _check_video(self, video: Array, first: bool = True) -> None:

@@ -22,7 +22,7 @@ class Posterior(NamedTuple):
         """mean + std * noise; the caller draws the standard normal ``noise``."""
         return self.mean + self.std * noise
 
-    def kl(self) -> Float[Array, "b"]:
+    def kl(self) -> Float[Array, " b"]:
         """KL divergence to the standard normal, in nats per latent element, one value for each clip."""
         each = 0.5 * (jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar)
         return each.mean(axis=(1, 2, 3, 4))
