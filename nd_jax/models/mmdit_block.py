@@ -6,6 +6,7 @@ text is [B*G, S, D], row ``b * G + g`` belonging to group ``g``. Only attention 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,10 +44,25 @@ def spread(rows: Float[Array, "b*g d"], lengths: Sequence[int]) -> Float[Array, 
     return jnp.concatenate(parts, axis=1)
 
 
-def of_group(x: Float[Array, "b l ..."], lengths: Sequence[int], index: int) -> Float[Array, "b n ..."]:
-    """The image tokens of one group."""
-    start = sum(lengths[:index])
-    return x[:, start : start + lengths[index]]
+def cut(x: Float[Array, "b l ..."], lengths: Sequence[int]) -> list[Float[Array, "b n ..."]]:
+    """Image tokens group by group."""
+    return jnp.split(x, list(itertools.accumulate(lengths[:-1])), axis=1)
+
+
+def trailing(x: Float[Array, "b l d"], lengths: Sequence[int], kept: Sequence[int]) -> Float[Array, "b k d"]:
+    """The last ``kept`` of each group's image tokens."""
+    pieces = zip(cut(x, lengths), lengths, kept, strict=True)
+    return jnp.concatenate([jnp.split(piece, [n - k], axis=1)[1] for piece, n, k in pieces], axis=1)
+
+
+def join(text: Sequence[Array], image: Sequence[Array], groups: Sequence[Group]) -> list[tuple[Array, ...]]:
+    """Text [B*G, S, ...] put in front of image tokens [B, sum of lengths, ...]: one tuple of arrays per group."""
+    pairs = []
+    for t, x in zip(text, image, strict=True):
+        rows = jnp.split(t.reshape(-1, len(groups), *t.shape[1:]), len(groups), axis=1)
+        images = cut(x.astype(t.dtype), [group.length for group in groups])
+        pairs.append([jnp.concatenate([r[:, 0], i], axis=1) for r, i in zip(rows, images, strict=True)])
+    return list(zip(*pairs, strict=True))
 
 
 class JointAttention(nnx.Module):
@@ -98,7 +114,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """Token-wise."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(jax.checkpoint(jax.nn.gelu)(self.up(x)))
 
 
 class Block(nnx.Module):
@@ -127,16 +143,13 @@ class Block(nnx.Module):
         y = modulate(text, context[0], context[1])
         text_heads = self.attn.text_queries(y), *self.attn.text_keys_values(y)
 
-        seen = []
-        for i, group in enumerate(groups):
-            joined = (
-                jnp.concatenate([t[i :: len(groups)], of_group(x, lengths, i).astype(t.dtype)], axis=1)
-                for t, x in zip(text_heads, image_heads, strict=True)
-            )
-            seen.append(joint_attention(*joined, group, image.dtype))
-        s = text.shape[1]
-        image_seen = jnp.concatenate([x[:, s:] for x in seen], axis=1)
-        text_seen = jnp.stack([x[:, :s] for x in seen], axis=1).reshape(text.shape)
+        seen = [
+            joint_attention(*joined, group, image.dtype)
+            for group, joined in zip(groups, join(text_heads, image_heads, groups), strict=True)
+        ]
+        seen = [jnp.split(x, [text.shape[1]], axis=1) for x in seen]
+        image_seen = jnp.concatenate([x for _, x in seen], axis=1)
+        text_seen = jnp.stack([x for x, _ in seen], axis=1).reshape(text.shape)
 
         image = image + gate * self.attn.to_out(image_seen)
         image = image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
@@ -174,21 +187,16 @@ class LastBlock(nnx.Module):
         scale, shift = (m[:, None] for m in self.norm1_context(conditioning))
         y = modulate(text, shift, scale)
 
-        def current(z: Float[Array, "b l d"]) -> Float[Array, "b c d"]:
-            return jnp.concatenate([of_group(z, lengths, i)[:, -n:] for i, n in enumerate(kept)], axis=1)
-
-        queries = self.attn.image_queries(current(x))
+        queries = self.attn.image_queries(trailing(x, lengths, kept))
         image_heads, text_heads = self.attn.image_keys_values(x), self.attn.text_keys_values(y)
-        seen = []
-        for i, group in enumerate(groups):
-            keys_values = (
-                jnp.concatenate([t[i :: len(groups)], of_group(x, lengths, i).astype(t.dtype)], axis=1)
-                for t, x in zip(text_heads, image_heads, strict=True)
-            )
-            seen.append(joint_attention(of_group(queries, kept, i), *keys_values, group, image.dtype))
+        joined = join(text_heads, image_heads, groups)
+        seen = [
+            joint_attention(q, *keys_values, group, image.dtype)
+            for q, keys_values, group in zip(cut(queries, kept), joined, groups, strict=True)
+        ]
 
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, kept) for m in modulation)
-        image = current(image) + gate * self.attn.to_out(jnp.concatenate(seen, axis=1))
+        image = trailing(image, lengths, kept) + gate * self.attn.to_out(jnp.concatenate(seen, axis=1))
         return image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
 
 

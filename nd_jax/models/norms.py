@@ -1,6 +1,12 @@
-"""Normalisations of the diffusion transformer. All of them compute in float32 and return their input's dtype."""
+"""Normalisations of the diffusion transformer, all computed in float32.
+
+The backward pass computes them anew from their inputs (``jax.checkpoint``): that is cheaper than writing and reading
+the four or five arrays of the input's size that would be kept otherwise.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +21,21 @@ def layer_norm(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
     return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
 
 
+@jax.checkpoint
 def modulate(
-    x: Float[Array, "b l d"],
-    shift: Float[
-        Array,
-        (
-            b  # l d
-        ),
-    ],
-    scale: Float[
-        Array,
-        (
-            b  # l d
-        ),
-    ],
-    eps: float = 1e-6,
+    x: Float[Array, "b l d"], shift: Float[Array, "b m d"], scale: Float[Array, "b m d"], eps: float = 1e-6
 ) -> Float[Array, "b l d"]:
-    """Layer norm, then ``(1 + scale) x + shift`` (DiT, arXiv 2212.09748, section 3.2). Dtype of ``x``."""
+    """Layer norm, then ``(1 + scale) x + shift`` (DiT, arXiv 2212.09748, section 3.2). Dtype of ``x``.
+
+    ``shift`` and ``scale`` are given per token (m = l) or once for all of them (m = 1).
+    """
     return (layer_norm(x, eps) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
+
+
+@partial(jax.checkpoint, static_argnums=2)
+def _rms_norm(x: Float[Array, "... d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "... d"]:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps) * scale.astype(jnp.float32)
 
 
 class RMSNorm(nnx.Module):
@@ -44,9 +47,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         """float32 out: RoPE follows and stays in float32."""
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
-        return x * self.scale[...].astype(jnp.float32)
+        return _rms_norm(x, self.scale[...], self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -74,7 +75,7 @@ class NoNorm(nnx.Module):
 
 
 class AdaLayerNorm(nnx.Module):
-    """The conditioning of a norm: ``chunks`` vectors of width ``features`` from SiLU of the embedding.
+    """The conditioning of a norm: ``chunks`` vectors of width ``features``, linear in SiLU of the embedding.
 
     Six chunks are adaLN-zero's shift, scale, gate for attention, then the same for the MLP; two are
     adaLN-continuous, scale first and then shift. The kernel starts at zero, so a fresh block is the identity.
