@@ -235,7 +235,7 @@ def write_demo_report(
                 "teacher": curves(out / "teacher", stage_names(preset)),
                 "recovery": curves(out / "recovery", stage_names(preset)),
             },
-            log_y=True,
+            linear=frozenset({"codec"}),
             note="Flow-matching losses compare only within a stage.",
         ),
         Bars(

@@ -53,7 +53,8 @@ class Curves:
     title: str
     panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
     x_label: str = "step"
-    log_y: bool = True
+    linear: frozenset[str] = frozenset()
+    """Panels whose y axis is not logarithmic."""
     note: str = ""
     kind: str = field(default="picture", init=False)
 
@@ -65,7 +66,7 @@ class Curves:
             for label, (xs, ys) in lines.items():
                 axis.plot(xs, ys, label=label, linewidth=1.4)
             axis.set(title=name, xlabel=self.x_label)
-            if self.log_y:
+            if name not in self.linear:
                 axis.set_yscale("log")
             axis.grid(alpha=0.25)
             if lines:
