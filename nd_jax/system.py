@@ -181,7 +181,7 @@ def _tuples(content: Any, where: str) -> dict[str, Any]:
 
 
 def _denoiser_name(folder: Folder, mode: str | None) -> str:
-    """The denoiser's folder: one with an official name, or the only one there is (Pyramid-Flow has names of its own)."""
+    """The denoiser's folder: one with an official name, or the only one (Pyramid-Flow has its own names)."""
     found = [name for name, kind in folder.kinds.items() if kind == "mmdit"]
     if mode is None and len(found) == 1:
         return found[0]
