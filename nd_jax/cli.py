@@ -10,6 +10,7 @@ import functools
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -110,21 +111,21 @@ def _unwrapped(arguments: Sequence[str]) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
+TITLE = re.compile(r"^(╭.*|╰.*| \S.*\n -{3,} *)$", re.MULTILINE)
+RULE = re.compile(r"^[│ ]*[─-]{3,}[│ ]*$", re.MULTILINE)
 REPEATED = ("For full helptext", "Argument helptext", "nd-jax ")
 """How those parts of a complaint begin that the help text says as well."""
 
 
 def one_line(boxes: str) -> str:
-    """What tyro's boxes say, without what they repeat of the help text."""
+    """What tyro's boxes (drawn in Unicode or ASCII) say, without what they repeat of the help text."""
     told = []
-    for box in boxes.split("╭")[1:]:
-        lines = [line.strip("│╰╯ ") for line in box.splitlines()[1:]]
-        parts = "\n".join(line if line.strip("─") else "\0" for line in lines).split("\0")
-        for part in (" ".join(part.split()).rstrip(".") for part in parts):
-            if part.startswith("Perhaps you meant: "):
-                told.append(f"perhaps {part.split()[3]}?")
-            elif part and not part.startswith(REPEATED):
-                told.append(part)
+    for part in RULE.sub("\0", TITLE.sub("\0", boxes)).split("\0"):
+        words = " ".join(part.replace("│", " ").split()).rstrip(".")
+        if words.startswith("Perhaps you meant: "):
+            told.append(f"perhaps {words.split()[3]}?")
+        elif words and not words.startswith(REPEATED):
+            told.append(words)
     return "; ".join(told) or " ".join(boxes.split())
 
 

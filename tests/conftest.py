@@ -67,6 +67,6 @@ def tiny(tiny_folder):
 @pytest.fixture(scope="session")
 def tiny_generator(tiny):
     """Up to 17 frames of 64 x 128 with the tiny system, its programs compiled once for the whole session."""
-    import tiny_system
+    from nd_jax.generate import Generator
 
-    return tiny_system.quick_generator(tiny, height=64, width=128, frames=17)
+    return Generator(tiny, height=64, width=128, frames=17)

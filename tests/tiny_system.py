@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
 from nd_jax.data.captions import corpus
 from nd_jax.data.tokenizers import train_tokenizers
-from nd_jax.generate import Generator
 from nd_jax.models.causal_vae import NativeVAEConfig
 from nd_jax.models.clip import CLIPTextConfig
 from nd_jax.models.context_adapter import ContextAdapterConfig
@@ -19,13 +17,10 @@ from nd_jax.models.functional import Definition, Params
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.system import SystemConfig
 from nd_jax.models.t5 import T5Config
-from nd_jax.pyramid.sampler import CountingJit, SamplePlan
+from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.recipes.preset import VideoConfig
 from nd_jax.system import TOKENIZERS, VideoSystem, save_system
 from nd_jax.training.paths import map_named
-
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options for programs that run a few times on tiny arrays."""
 
 TEXT_LENGTH = 12
 PLAN = SamplePlan((1, 1, 1), (1, 1, 1), 2.0, 2.0, "plain")
@@ -97,10 +92,3 @@ def write_tiny(folder: Path) -> Path:
     train_tokenizers(tokenizers, corpus(count=300), **sizes)
     system = VideoSystem(CONFIG, random_system_params(), {}, VIDEO, PLAN)
     return save_system(folder / "system", system, {name: tokenizers / name for name in TOKENIZERS.values()})
-
-
-def quick_generator(system: VideoSystem, **size: int) -> Generator:
-    """A ``Generator`` whose programs are compiled in no time and run slowly."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nd_jax.generate.CountingJit", partial(CountingJit, compiler_options=QUICK))
-        return Generator(system, **size)

@@ -86,7 +86,7 @@ def generate(
         width=video.width if width is None else width,
         frames=video.frames if frames is None else frames,
     )
-    plan = changed_plan(system.sampling, steps, first_steps, guidance, first_guidance, grid)
+    plan = changed_plan(system.sampling, steps, first_steps, guidance, first_guidance, grid, system.schedule.stages)
     first = None
     if image is not None:
         first = np.repeat(read_image(image, size=(generator.height, generator.width))[None], len(lines), axis=0)
@@ -117,10 +117,11 @@ def changed_plan(
     guidance: float | None,
     first_guidance: float | None,
     grid: str | None,
+    stages: int,
 ) -> Any:
     """The folder's plan with what the command line changes; ``first_`` follows the other where only that is given.
 
-    Raises UserError for step counts below 1 and guidance that is not finite.
+    Raises UserError for guidance that is not finite, step counts below 1, and other than one count for each stage.
     """
     from nd_jax.pyramid.sampler import SamplePlan
 
@@ -131,6 +132,8 @@ def changed_plan(
     if not np.isfinite(scales).all():
         raise UserError(f"generate: guidance is {scales}, expected finite numbers; 0 or 1 means none")
     counts = given(first_steps, steps, plan.first_steps), given(steps, plan.later_steps)
+    if {len(each) for each in counts} != {stages}:
+        raise UserError(f"generate: steps {counts[0]} and {counts[1]}, expected {stages} numbers, one for each stage")
     return SamplePlan(*counts, *scales, given(grid, plan.grid))
 
 
