@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,32 +11,13 @@ import jax.numpy as jnp
 
 from nd_jax.models import causal_vae
 from nd_jax.models.causal_vae import posterior
+from nd_jax.models.streaming import decode_stream, decode_tiled, encode_stream, encode_tiled
 from nd_jax.pyramid.normalise import NEODRAGON
 from nd_jax.verification.cases import Case, Outputs, Subcase
 from nd_jax.verification.layouts import from_torch, to_torch
 from nd_jax.verification.weights import load, parts_in, read_config, with_zeros
 
 ROWS = re.compile(r"video_rows_(\d+)_(\d+)")
-
-
-def in_chunks(function: Callable, x: jax.Array, window: int) -> jax.Array:
-    """``function(piece, state)`` over pieces of time: ``window`` + 1 frames, then ``window`` at a time."""
-    parts, state, start = [], None, 0
-    while start < x.shape[1]:
-        stop = start + window + (state is None)
-        part, state = function(x[:, start:stop], state)
-        parts.append(part)
-        start = stop
-    return jnp.concatenate(parts, axis=1)
-
-
-def one_by_one(function: Callable, x: jax.Array) -> jax.Array:
-    """``function(piece, state)`` over single frames."""
-    parts, state = [], None
-    for frame in range(x.shape[1]):
-        part, state = function(x[:, frame : frame + 1], state)
-        parts.append(part)
-    return jnp.concatenate(parts, axis=1)
 
 
 class Codec:
@@ -49,37 +28,36 @@ class Codec:
         # Some cases have the encoder's half of the weights only, some the decoder's.
         parts = parts_in(case, "video_vae", self.config)
         self.params = with_zeros(load(case, "video_vae", self.config, parts=parts), "video_vae", self.config)
-        self.dtype = case.dtype
+        self.definition = causal_vae.definition(self.config, dtype=case.dtype)
         self._compiled: dict[tuple, Callable] = {}
-
-    def compiled(self, method: str, tile: int | None = None, **options: Any) -> Callable:
-        """A method of the codec as a function of parameters and arrays; made once, so that its programs are kept."""
-        key = (method, tile, *sorted(options.items()))
-        if key not in self._compiled:
-            config = self.config if tile is None else dataclasses.replace(self.config, sample_size=tile)
-            definition = causal_vae.definition(config, dtype=self.dtype)
-            self._compiled[key] = jax.jit(
-                lambda params, *arrays: getattr(definition.bind(params), method)(*arrays, **options)
-            )
-        return partial(self._compiled[key], self.params)
 
     def run(self, subcase: Subcase, method: str, x: jax.Array, **options: Any) -> jax.Array:
         """``encode`` or ``decode`` in the mode that meta.json names."""
-        about = subcase.about
+        about, codec = subcase.about, self.definition
         if "tile_sample_min_size" in about:
-            return self.compiled(f"{method}_tiled", subcase.parameter("tile_sample_min_size", int))(x)
+            tiled = {"encode": encode_tiled, "decode": decode_tiled}[method]
+            return tiled(codec, self.params, x, subcase.parameter("tile_sample_min_size", int), self.config.tile_scale)
         if "window_size" in about:
-            return in_chunks(self.compiled(f"{method}_chunk"), x, subcase.parameter("window_size", int))
+            return self.in_chunks(method, x, subcase.parameter("window_size", int))
         if "frame-by-frame" in str(about.get("note")) or "sequential" in subcase.name:
-            return one_by_one(self.compiled(f"{method}_chunk"), x)
-        return self.compiled(method, **options)(x)
+            return self.in_chunks(method, x, 1)
+        key = (method, *sorted(options.items()))
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(lambda params, x: getattr(codec.bind(params), method)(x, **options))
+        return self._compiled[key](self.params, x)
+
+    def in_chunks(self, method: str, x: jax.Array, window: int) -> jax.Array:
+        """Piece by piece: ``window`` + 1 frames, then ``window`` at a time."""
+        if method == "encode":
+            return encode_stream(self.definition, self.params, x, window)
+        return jnp.concatenate(list(decode_stream(self.definition, self.params, x, window)), axis=1)
 
     def activations(self, subcase: Subcase, method: str, x: jax.Array) -> dict[str, jax.Array]:
         """Outputs of the codec's stages by name."""
 
         def staged(params: Any, x: jax.Array) -> dict[str, jax.Array]:
             seen: dict[str, jax.Array] = {}
-            getattr(causal_vae.definition(self.config, dtype=self.dtype).bind(params), method)(x, activations=seen)
+            getattr(self.definition.bind(params), method)(x, activations=seen)
             return seen
 
         return jax.jit(staged)(self.params, x)
