@@ -108,3 +108,57 @@ def tiny_decoder(widths=(256, 128, 64, 64), latent=16):
         steps += [Memory(width) for _ in range(3)]
         steps += [nn.Upsample(scale_factor=2), GrowTime(width), nn.Conv2d(width, after, 3, padding=1, bias=False)]
     return nn.Sequential(*steps, nn.ReLU(), nn.Conv2d(widths[-1], 3, 3, padding=1))
+
+
+class JointBlock(nn.Module):
+    """A denoiser block: modulated norms, joint attention of text and image with RMS-normed heads, two MLPs."""
+
+    def __init__(self, width=1536, heads=24):
+        super().__init__()
+        self.heads = heads
+        self.modulate = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(2))
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)) for _ in range(2)
+        )
+        self.norms = nn.ModuleList(nn.RMSNorm(width // heads, eps=1e-5) for _ in range(4))
+
+    def forward(self, text, image, condition, mask, cos, sin):
+        streams, parts, heads = [text, image], [], []
+        for i, x in enumerate(streams):
+            parts.append(self.modulate[i](F.silu(condition))[:, None].chunk(6, -1))
+            shift, scale = parts[i][:2]
+            y = self.qkv[i](F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+            q, k, v = y.reshape(*x.shape[:2], 3, self.heads, -1).unbind(2)
+            heads.append((self.norms[2 * i](q), self.norms[2 * i + 1](k), v))
+        q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(*heads, strict=True))
+
+        def rotate(x):
+            even, odd = x[..., ::2], x[..., 1::2]
+            return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+        seen = F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=mask)
+        seen = seen.transpose(1, 2).flatten(2).split([text.shape[1], image.shape[1]], 1)
+        for i, x in enumerate(streams):
+            _, _, gate, shift, scale, gate_mlp = parts[i]
+            x = x + gate * self.out[i](seen[i])
+            y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+            streams[i] = x + gate_mlp * self.mlp[i](y)
+        return streams
+
+
+def denoiser_blocks(tokens, blocks=4, width=1536, heads=24, text=128):
+    """``blocks`` denoiser blocks on random tokens; returns a function without arguments."""
+    stack = nn.ModuleList(JointBlock(width, heads) for _ in range(blocks))
+    streams = [torch.randn(1, text, width), torch.randn(1, tokens - text, width)]
+    condition, mask = torch.randn(1, width), torch.ones(1, 1, tokens, tokens, dtype=torch.bool)
+    angle = torch.rand(tokens, width // heads // 2)
+
+    def run():
+        state = streams
+        for block in stack:
+            state = block(*state, condition, mask, angle.cos(), angle.sin())
+        return state
+
+    return run
