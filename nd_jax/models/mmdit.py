@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from nd_jax.errors import UserError
@@ -139,7 +138,7 @@ class MMDiT(nnx.Module):
         """
         policies = jax.checkpoint_policies
         policy = {
-            "none": policies.save_anything_except_these_names("gathered"),
+            "none": all_but_gathered,
             "full": policies.nothing_saveable,
             "dots": policies.dots_with_no_batch_dims_saveable,
         }.get(remat or "none")
@@ -154,7 +153,7 @@ class MMDiT(nnx.Module):
 
         def ready(path, w):
             w = w.astype(dtype or self.dtype) if path[-1] == "kernel" else w
-            return w if self.hooks.weights is None else checkpoint_name(self.hooks.gather(w), "gathered")
+            return self.hooks.gather(w)
 
         graphdef, state = nnx.split(module)
         flat = [(path, leaf.replace(ready(path, leaf.get_value()))) for path, leaf in nnx.to_flat_state(state)]
@@ -232,6 +231,11 @@ class MMDiT(nnx.Module):
                         f"MMDiT: layout {name} of group {g} has shape {shape}; "
                         f"expected [1 or {batch}, {tokens}], text first"
                     )
+
+
+def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Remat policy: keep every value except what a gather (or another change of sharding) makes."""
+    return primitive.name not in ("sharding_constraint", "reshard", "all_gather")
 
 
 def over_layers(body: Callable, carry: Any, state: Any) -> tuple[Any, Any]:
