@@ -123,9 +123,10 @@ class VideoVAE(nnx.Module):
     def _check_video(self, video: Array, first: bool = True) -> None:
         _, t, h, w, _ = video.shape
         time, space = self.config.time_scale, self.config.space_scale
-        if (t - first) % time or t < 1:
-            legal = max(first, round((t - first) / time) * time + first) or time
+        alone = 1 if first else 0  # a clip's first frame is coded by itself
+        if (t - alone) % time or t < 1:
             rule = f"1 + {time}k" if first else f"{time}k"
+            legal = max(round((t - alone) / time), 1 - alone) * time + alone
             raise UserError(f"encode: {t} frames given, expected {rule}; the nearest legal number is {legal}")
         if h % space or w % space:
             near = "x".join(str(max(1, round(n / space)) * space) for n in (h, w))
