@@ -13,8 +13,10 @@ class ShardingHooks:
     """Two optional functions that a network calls at fixed points; both default to the identity.
 
     ``activation(x, name)`` constrains activations at block boundaries, with a name such as ``"image"`` ([B, L, D])
-    or ``"text"`` ([B, S, D]). ``weights(w)`` receives one layer's weight, already in the compute dtype, inside the
-    scan body, and typically gathers it: the wire then carries bf16 and only one layer is whole at a time.
+    or ``"text"`` ([B, S, D]). ``weights(w)`` receives one layer's weight, kernels already in the compute dtype, inside
+    the scan body, and typically gathers it: the wire then carries bf16 and only one layer is whole at a time. It may
+    change the sharding only, by a sharding constraint, reshard or all-gather; what these make is never kept for the
+    backward pass.
     """
 
     activation: Callable[[jax.Array, str], jax.Array] | None = None
