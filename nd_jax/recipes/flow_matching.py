@@ -6,11 +6,13 @@ rows may stand at different units of their videos. Text encoders are trained alo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from nd_jax.errors import UserError
@@ -124,26 +126,22 @@ class FlowRecipe:
         ``history`` a list of one tuple of arrays per column.
         """
         groups, channels = len(self.columns), self.system.diffusion_transformer.in_channels
-        rows = self.config.batch // groups
-        keys = jax.random.split(key, 5)
+        rows, stages = self.config.batch // groups, self.schedule.stages
+        uniform_key, normal_key = jax.random.split(key)
+        for_units, uniform, corrupt = jnp.moveaxis(jax.random.uniform(uniform_key, (rows, groups, 3)), -1, 0)
+        unit = jnp.floor(for_units * self.units).astype(jnp.int32)
         if self.config.balanced:
-            top = jax.random.randint(keys[0], (rows, 1), 0, self.units)
-            is_top = jnp.array([stage == self.schedule.stages - 1 for stage in self.columns])
-            unit = jnp.where(is_top, top, self.units - 1 - top)
-        else:
-            unit = jax.random.randint(keys[0], (rows, groups), 0, self.units)
-        history = []
-        for group, envelope in enumerate(self.envelopes):
-            shapes = history_noise_shapes(envelope, rows, channels)
-            clip_keys = jax.random.split(jax.random.fold_in(keys[4], group), max(len(shapes), 1))
-            history.append(tuple(jax.random.normal(k, s) for k, s in zip(clip_keys, shapes, strict=False)))
-        return {
-            "unit": unit,
-            "uniform": jax.random.uniform(keys[1], (rows, groups)),
-            "corrupt": jax.random.uniform(keys[2], (rows, groups)),
-            "noise": jax.random.normal(keys[3], (rows, groups, 1, *self.size, channels)),
-            "history": history,
-        }
+            is_top = jnp.array([stage == stages - 1 for stage in self.columns])
+            unit = jnp.where(is_top, unit[:, :1], self.units - 1 - unit[:, :1])
+        # All normal numbers come from one call: each further one costs a second of compile time on a CPU.
+        shapes = [(groups, 1, *self.size, channels)]
+        shapes += [shape[1:] for envelope in self.envelopes for shape in history_noise_shapes(envelope, rows, channels)]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        parts = jnp.split(jax.random.normal(normal_key, (rows, ends[-1])), ends[:-1], axis=1)
+        noise, *rest = (part.reshape(rows, *shape) for part, shape in zip(parts, shapes, strict=True))
+        remaining = iter(rest)
+        history = [tuple(next(remaining) for _ in envelope.clips[:-1]) for envelope in self.envelopes]
+        return {"unit": unit, "uniform": uniform, "corrupt": corrupt, "noise": noise, "history": history}
 
     def loss(self, params: Params, examples: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
         """Mean squared velocity error over all rows, and each stage's mean.
