@@ -374,13 +374,22 @@ def test_sizes_that_do_not_fit(refused, tiny_folder, tmp_path):
     assert not (tmp_path / "videos").exists()
 
 
-def test_generate_writes_videos_and_warns(run, tiny_folder, tmp_path):
+def test_generate_writes_videos_and_warns(run, monkeypatch, tiny, tiny_generator, tmp_path):
     """From a file of prompts: one too long, one empty. Warnings on standard error, paths on standard output."""
+    asked = []
+    monkeypatch.setattr("nd_jax.system.load_system", lambda *given, **options: asked.append((given, options)) or tiny)
+    monkeypatch.setattr(
+        "nd_jax.generate.Generator", lambda *given, **size: asked.append((given, size)) or tiny_generator
+    )
     (tmp_path / "prompts.txt").write_text("a red ball\n\n" + "very " * 20 + "large zebra\n")
-    arguments = ("generate", "--checkpoint", tiny_folder / "system", "--prompts", tmp_path / "prompts.txt")
-    arguments += ("--out", tmp_path / "videos", "--batch", 3, "--guidance", 0)
+    arguments = ("generate", "--checkpoint", tmp_path / "system", "--prompts", tmp_path / "prompts.txt")
+    arguments += ("--out", tmp_path / "videos", "--batch", 2, "--width", 128, "--frames", 17, "--mode", "monolithic")
     code, out, err = run(*arguments)
     assert code == 0, err
+    assert asked == [
+        ((tmp_path / "system",), {"mode": "monolithic"}),
+        ((tiny,), {"height": 64, "width": 128, "frames": 17}),
+    ]
     warnings = err.splitlines()
     assert len(warnings) == 2
     assert all(line.startswith("warning: prompt cut to 12 tokens") and "zebra" in line for line in warnings)
@@ -388,8 +397,8 @@ def test_generate_writes_videos_and_warns(run, tiny_folder, tmp_path):
     assert [path.name for path in paths[:2]] == ["000-a-red-ball.mp4", "001-video.mp4"]
     assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == sorted(path.name for path in paths)
     for path in paths[:3]:
-        assert read_video(path).shape == (9, 64, 64, 3)
-    assert Image.open(paths[3]).size[0] > 2 * 64
+        assert read_video(path).shape == (17, 64, 128, 3)
+    assert Image.open(paths[3]).size[0] > 2 * 128
     code, _, err = run(*arguments)
     assert (code, err.count("\n")) == (2, 1)
     assert "--overwrite" in err

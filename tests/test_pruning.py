@@ -19,6 +19,8 @@ from nd_jax.influence import block_influence
 from nd_jax.models.mmdit import definition
 from nd_jax.models.system import DENOISER
 from nd_jax.pyramid.layout import layout_arrays
+from nd_jax.pyramid.sampler import SamplePlan
+from nd_jax.pyramid.schedule import Schedule
 from nd_jax.recipes.pruning import BlockInfluence, choose_blocks, one_minus_cosine, remove_blocks
 from nd_jax.system import TOKENIZERS, load_system, save_system
 from nd_jax.workflow import without_blocks
@@ -29,15 +31,20 @@ PROMPTS = ["a small red circle moves right", "a ball"]
 
 @pytest.fixture(scope="module")
 def deep(tiny):
-    """The tiny system with five blocks, the second of which has its output gates closed."""
+    """The tiny system with five blocks, the second of which has its output gates closed, and two stages."""
     config = dataclasses.replace(tiny.config.diffusion_transformer, num_layers=LAYERS)
     params = tiny_system.random_params(definition(config), seed=9)
     for norm in ("norm1", "norm1_context"):
         for leaf in params["blocks"][norm]["linear"].values():
             gates = leaf.reshape(*leaf.shape[:-1], 6, config.width)  # shift, scale, gate of attention, then of MLP
             gates[1, ..., [2, 5], :] = 0
-    system = dataclasses.replace(tiny.config, diffusion_transformer=config)
-    return dataclasses.replace(tiny, config=system, params={**tiny.params, DENOISER: params})
+    changes = {
+        "config": dataclasses.replace(tiny.config, diffusion_transformer=config),
+        "params": {**tiny.params, DENOISER: params},
+        "schedule": Schedule(stages=2),
+        "sampling": SamplePlan((1, 1), (1, 1), 2.0, 2.0, "plain"),
+    }
+    return dataclasses.replace(tiny, **changes)
 
 
 # ---- influence
@@ -80,7 +87,7 @@ def test_a_block_that_changes_nothing_has_no_influence(sums):
 def test_padding_does_not_count(sums):
     """Neither empty history slots nor padded text: the weights are the numbers of real tokens of both branches."""
     (padded, exact), positive, negative, envelopes, _ = sums
-    text = int(positive.sum() + negative.sum()) * 6  # two units, three stages, one step each
+    text = int(positive.sum() + negative.sum()) * 4  # two units, two stages, one step each
     mask = np.zeros((1, envelopes[0].text_length))  # padded text, so that what is left is image
     rows = [layout_arrays(e, unit, mask) for e in envelopes for unit in (0, 1)]
     image = 2 * len(PROMPTS) * sum(int((row.segments == 1).sum()) for row in rows)
@@ -95,7 +102,7 @@ def test_influence_of_a_system_adds_up_over_batches(deep, sums):
     generator, seen = sums[4], []
     prompts = [*PROMPTS, *PROMPTS]
     found = block_influence(deep, prompts, seed=1, batch=2, generator=generator, progress=lambda *at: seen.append(at))
-    assert generator.compilations == 3
+    assert generator.compilations == 2
     assert seen == [(2, 4), (4, 4)]
     conditions, negative = deep.conditions(PROMPTS)[0], deep.conditions(["", ""])[0]
     total = 0
@@ -193,6 +200,7 @@ def test_export_renumbers_and_imports_again(deep, tiny_folder, tmp_path):
     again = load_system(tmp_path / "after")
     assert again.config == smaller.config
     assert again.video == deep.video
+    assert again.schedule == deep.schedule
     assert again.sampling == deep.sampling
     for one, two in zip(jax.tree.leaves(smaller.params), jax.tree.leaves(again.params), strict=True):
         np.testing.assert_array_equal(one, two)

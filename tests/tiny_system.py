@@ -72,9 +72,9 @@ def random_params(definition: Definition, seed: int = 0) -> Params:
     def draw(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         noise = rng.standard_normal(leaf.shape, np.float32)
         if path.endswith("scale"):
-            return 1 + 0.1 * noise
+            return 1 + np.float32(0.1) * noise
         fan_in = np.prod(leaf.shape[:-1]) if path.endswith("kernel") else 16
-        return noise / np.sqrt(fan_in)
+        return noise / np.float32(np.sqrt(fan_in))
 
     return map_named(draw, definition.abstract())
 
