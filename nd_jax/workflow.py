@@ -22,12 +22,13 @@ import tensorflow_datasets as tfds
 from nd_jax.converters.checked_files import read_json
 from nd_jax.converters.component import load_component, save_component
 from nd_jax.data import shapes
+from nd_jax.data.buckets import Size
 from nd_jax.data.captions import caption, plain_caption
-from nd_jax.data.clips import ClipSource
 from nd_jax.data.latents import LatentSource, write_latents
 from nd_jax.data.pipeline import batches
 from nd_jax.data.tokenizers import train_tokenizers
-from nd_jax.data.windows import WindowSource
+from nd_jax.data.videos import bucket_of, check_record, open_split
+from nd_jax.data.windows import ClipSource, WindowSource
 from nd_jax.errors import UserError
 from nd_jax.models.causal_vae import definition as codec_definition
 from nd_jax.models.causal_vae import posterior
@@ -66,26 +67,45 @@ def prepare_data(preset: Preset, folder: str | Path, *, clips: int, seed: int = 
     return builder
 
 
-def open_data(folder: str | Path) -> Any:
-    """The training split of a dataset that ``prepare_data`` has drawn: ``source[n]`` has video, caption and labels."""
+def open_data(
+    folder: str | Path, *, split: str = "train", size: Size | None = None, prefer: Size | None = None
+) -> Sequence[dict[str, Any]]:
+    """A split of a prepared dataset by index: ``source[n]`` has video, caption, and labels if shapes were drawn.
+
+    Of users' own clips it takes those of ``size`` (height, width), else of size ``prefer``, else of the only size.
+    """
+    record = read_record(folder)
+    if "kind" in record:
+        with tfds_quiet():
+            return open_split(folder, record, bucket_of(record, size, prefer=prefer), split)
+    if size is not None:
+        raise UserError(f"{folder} holds drawn shapes, which have one size; leave --bucket out")
+    return _open(folder, record).as_data_source(split)
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """What a dataset's folder says of itself. Raises UserError for a folder without dataset."""
     path = Path(folder) / RECORD
     if not path.is_file():
-        raise UserError(f"{folder} holds no dataset ({RECORD} is missing); make one with nd-jax data prepare")
+        raise UserError(f"{folder} holds no dataset ({RECORD} is missing); make one with nd-jax data prepare or videos")
     record = read_json(path, what="dataset record")
+    if "kind" in record:
+        check_record(path, record)
+        return record
     kinds = {"world": str, "clips": int, "seed": int}
     if record.keys() != kinds.keys() or any(type(record[name]) is not kind for name, kind in kinds.items()):
         raise UserError(f"{path} is damaged; expected world, clips and seed; make the dataset again")
-    return _open(folder, record).as_data_source("train")
+    return record
 
 
 def _open(folder: str | Path, record: dict[str, Any]) -> Any:
     world, clips = record["world"], record["clips"]
-    with _tfds_quiet():
+    with tfds_quiet():
         return shapes.prepare(folder, world, seed=record["seed"], train=clips, evaluate=min(256, clips))
 
 
 @contextlib.contextmanager
-def _tfds_quiet() -> Iterator[None]:
+def tfds_quiet() -> Iterator[None]:
     """TFDS tells of its work on three channels at once; what goes wrong comes as exceptions all the same."""
     level = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
@@ -126,8 +146,8 @@ def train_codec(
     elif clips is not None:
         source = WindowSource(clips, recipe_config.frames, network.time_scale)
     else:
-        raise UserError("codec: no clips to train on; expected a shapes dataset or --videos FILE ...")
-    recipe = CodecRecipe(network, recipe_config, video.height, video.width)
+        raise UserError("codec: no clips to train on; expected a dataset or --videos FILE ...")
+    recipe = CodecRecipe(network, recipe_config, source.height, source.width)
     stream = _stream(source, recipe_config.batch, run.loop.seed, keys=("video",))
     mesh = make_mesh(run.loop.mesh)
     outcome = _train(preset, "codec", recipe, Feed(stream, recipe.batch_spec()), run, out, mesh=mesh, quiet=quiet)

@@ -12,6 +12,7 @@ from nd_jax.data import clips, video_out
 from nd_jax.data.judge import read_labels, score
 from nd_jax.data.pipeline import batches
 from nd_jax.data.source import ShapesSource
+from nd_jax.data.windows import ClipSource
 from nd_jax.data.world import WORLDS
 from nd_jax.errors import UserError
 from nd_jax.pixels import from_uint8, to_uint8
@@ -219,17 +220,17 @@ def test_clip_source_is_reproducible_and_spans_do_not_share_frames(tmp_path):
     path = video_out.write_video(tmp_path / "ramp.mp4", video)
     short = video_out.write_video(tmp_path / "short.mp4", video[:5])
     make = {"height": 16, "width": 32, "frames": 9, "count": 20}
-    early = clips.ClipSource([path, short], span=(0, 0.7), **make)
-    late = clips.ClipSource([path], span=(0.7, 1), **make)
+    early = ClipSource([path, short], span=(0, 0.7), **make)
+    late = ClipSource([path], span=(0.7, 1), **make)
     assert early[3]["video"].shape == (9, 16, 32, 3)
-    np.testing.assert_array_equal(early[3]["video"], clips.ClipSource([path], span=(0, 0.7), **make)[3]["video"])
+    np.testing.assert_array_equal(early[3]["video"], ClipSource([path], span=(0, 0.7), **make)[3]["video"])
     assert max(early[k]["video"].max() for k in range(20)) < min(late[k]["video"].min() for k in range(20))
     assert len({early[k]["video"].tobytes() for k in range(20)}) > 10
     batch = next(batches(early, 4))
     assert batch["video"].shape == (4, 9, 16, 32, 3)
     assert set(batch) == {"video"}
     with pytest.raises(UserError, match="none has 9 frames"):
-        clips.ClipSource([short], **make)
+        ClipSource([short], **make)
 
 
 def test_example_clips_are_found_without_importing_the_package(tmp_path, monkeypatch):

