@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from jaxtyping import Int, UInt8
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -25,9 +24,10 @@ from nd_jax.errors import UserError
 from nd_jax.generate import Generator, generate
 from nd_jax.models.causal_vae import definition, posterior
 from nd_jax.models.codec_config import CodecConfig
-from nd_jax.models.functional import Params, count_parameters
+from nd_jax.models.functional import Definition, Params, count_parameters
 from nd_jax.models.system import DENOISER
 from nd_jax.pixels import from_uint8, to_uint8
+from nd_jax.protocol.statistics import estimate, mean
 from nd_jax.system import VideoSystem
 
 
@@ -57,13 +57,10 @@ class Judged:
         }
 
 
-def bootstrap_interval(right: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(right: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of per-prompt accuracies [n], by resampling prompts (percentile method)."""
-    if len(right) < 2 or np.ptp(right) == 0:
-        return float(right.mean()), float(right.mean())
-    rng = np.random.Generator(np.random.Philox(seed))
-    found = scipy.stats.bootstrap((right,), np.mean, n_resamples=2000, method="percentile", rng=rng)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    found = estimate(mean, right, resamples=2000)
+    return found.low, found.high
 
 
 def judge_videos(
@@ -113,16 +110,22 @@ class Reconstruction:
     ssim: float
 
 
-def reconstruct(config: CodecConfig, params: Params, clips: UInt8[np.ndarray, "n t h w 3"]) -> Reconstruction:
-    """Encode (posterior mean) and decode clips of one size, and compare."""
-    codec = definition(config)
+def codec_pass(codec: Definition) -> Callable[[Params, np.ndarray], np.ndarray]:
+    """Function (parameters, clip) -> clip, uint8 [t, h, w, 3]: encoded (posterior mean) and decoded, compiled once for
+    each size."""
 
     @jax.jit
     def through(params: Params, video: jax.Array) -> jax.Array:
         network = codec.bind(params)
         return network.decode(posterior(network.encode(video)).mean)
 
-    made = np.concatenate([to_uint8(through(params, jnp.asarray(from_uint8(clip[None])))) for clip in clips])
+    return lambda params, clip: to_uint8(through(params, jnp.asarray(from_uint8(clip[None]))))[0]
+
+
+def reconstruct(config: CodecConfig, params: Params, clips: UInt8[np.ndarray, "n t h w 3"]) -> Reconstruction:
+    """Encode (posterior mean) and decode clips of one size, and compare."""
+    through = codec_pass(definition(config))
+    made = np.stack([through(params, clip) for clip in clips])
     psnr = [peak_signal_noise_ratio(a, b, data_range=255) for a, b in zip(clips, made, strict=True)]
     ssim = [
         structural_similarity(frame, other, channel_axis=-1, data_range=255)

@@ -179,16 +179,25 @@ def score(read: Int[np.ndarray, "n objects 5"], wanted: Int[np.ndarray, "n objec
             f"judge: labels of shapes {read.shape} and {wanted.shape}, expected the same [n > 0, objects, 5]"
         )
     right = read == wanted
-    # agreement[i, j]: how well clip i would match caption j
-    agreement = {name: (read[:, None, :, k] == wanted[None, :, :, k]).mean(-1) for k, name in enumerate(ATTRIBUTES)}
-    agreement["mean"] = sum(agreement.values()) / len(ATTRIBUTES)
     return Scores(
         count=len(read),
         accuracy={name: float(right[:, :, k].mean()) for k, name in enumerate(ATTRIBUTES)},
         mean=float(right.mean()),
         all_right=float(right.all(-1).mean()),
-        chance={name: _permutation_moments(matrix) for name, matrix in agreement.items()},
+        chance=permutation_chance(read[None], wanted),
     )
+
+
+def permutation_chance(
+    read: Int[np.ndarray, "seeds n objects 5"], wanted: Int[np.ndarray, "n objects 5"]
+) -> dict[str, tuple[float, float]]:
+    """``Scores.chance`` of several videos per caption: their captions change places together."""
+    # agreement[i, j]: how well the clips of caption i would match caption j
+    agreement = {
+        name: (read[:, :, None, :, k] == wanted[None, None, :, :, k]).mean((0, -1)) for k, name in enumerate(ATTRIBUTES)
+    }
+    agreement["mean"] = sum(agreement.values()) / len(ATTRIBUTES)
+    return {name: _permutation_moments(matrix) for name, matrix in agreement.items()}
 
 
 def _permutation_moments(matrix: Float[np.ndarray, "n n"]) -> tuple[float, float]:

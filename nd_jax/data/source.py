@@ -47,9 +47,13 @@ class ShapesSource:
         key = [self.seed, SPLITS.index(self.split), index, purpose]
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
-    def caption(self, index: int) -> str:
-        """The caption alone, without drawing."""
-        return caption(self.labels[index], self._random(index, 0), held_out=self.split == "heldout_templates")
+    def caption(self, index: int, *, held_out: bool | None = None) -> str:
+        """The caption alone, without drawing. ``held_out`` words it in the other templates.
+
+        The synonyms stay, but for a motion's, which go with the verb's form.
+        """
+        held_out = self.split == "heldout_templates" if held_out is None else held_out
+        return caption(self.labels[index], self._random(index, 0), held_out=held_out)
 
     def video(self, index: int) -> np.ndarray:
         """The clip alone, uint8 [T, H, W, 3]."""
