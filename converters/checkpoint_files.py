@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nd_jax.converters.checked_files import PICKLES, read_json, refuse_pickle, shown
+from nd_jax.checked_files import read_json, shown
+from nd_jax.converters.pickles import PICKLES, refuse_pickle
 from nd_jax.converters.safetensors_io import StoredTensor, TensorFile
 from nd_jax.errors import UserError
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nd_jax.converters.checked_files import read_json, shown
+from nd_jax.checked_files import read_json, shown
 from nd_jax.converters.checkpoint_files import Checkpoint, open_checkpoint
 from nd_jax.converters.dtypes import STORED, TORCH_NAME, parameter_dtype
 from nd_jax.converters.kinds import TRANSFORMERS, WRONG_VALUE, Kind, detect_kind, get_kind, kind_of, read_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nd_jax.converters.checked_files import read_json
+from nd_jax.checked_files import read_json
 from nd_jax.converters.component import open_component
 from nd_jax.converters.dtypes import parameter_dtype
 from nd_jax.converters.folders import MARK, load_folder, write_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from nd_jax.converters.checked_files import shown
+from nd_jax.checked_files import shown
 from nd_jax.errors import UserError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

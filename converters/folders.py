@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nd_jax.converters.checked_files import PICKLES, parse_json, read_bytes, read_json, refuse_pickle, shown
+from nd_jax.checked_files import parse_json, read_bytes, read_json, shown
 from nd_jax.converters.component import load_component, write_component
 from nd_jax.converters.kinds import detect_kind
+from nd_jax.converters.pickles import PICKLES, refuse_pickle
 from nd_jax.converters.safetensors_write import SHARD_SIZE
 from nd_jax.errors import UserError
 from nd_jax.outputs import new_folder

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nd_jax.checked_files import shown
 from nd_jax.converters import names_clip, names_context_adapter, names_mmdit, names_t5, names_video_vae
-from nd_jax.converters.checked_files import shown
 from nd_jax.converters.tables import Table, native_table
 from nd_jax.errors import UserError
 from nd_jax.models import causal_vae, clip, context_adapter, mmdit, t5

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nd_jax.converters.checked_files import parse_json, shown
+from nd_jax.checked_files import parse_json, shown
 from nd_jax.converters.dtypes import STORED
 from nd_jax.errors import UserError
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nd_jax.converters.checked_files import PICKLES, refuse_pickle, regular_file, shown
+from nd_jax.checked_files import regular_file, shown
+from nd_jax.converters.pickles import PICKLES, refuse_pickle
 from nd_jax.converters.safetensors_header import TensorInfo, read_header
 from nd_jax.errors import UserError
 

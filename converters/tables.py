@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from nd_jax.converters.checked_files import shown
+from nd_jax.checked_files import shown
 from nd_jax.errors import UserError
 
 Path = tuple[str, ...]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nd_jax.converters.checked_files import shown
+from nd_jax.checked_files import shown
 from nd_jax.converters.dtypes import STORED, TORCH_NAME, parameter_dtype
 from nd_jax.converters.safetensors_io import StoredTensor
 from nd_jax.converters.safetensors_write import Pending

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nd_jax.converters.checked_files import read_json
+from nd_jax.checked_files import read_json
 from nd_jax.converters.folders import MODES, Folder, load_folder, write_folder
 from nd_jax.data.tokenizers import TextTokenizer
 from nd_jax.errors import UserError

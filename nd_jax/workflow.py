@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
-from nd_jax.converters.checked_files import read_json
+from nd_jax.checked_files import read_json
 from nd_jax.converters.component import load_component, save_component
 from nd_jax.data import shapes
 from nd_jax.data.buckets import Size

@@ -15,7 +15,7 @@ ALLOWED = {
     "training": {"training", "models"},
     "recipes": {"recipes", "models", "pyramid", "data", "training"},
 }
-EVERYWHERE = {"errors", "outputs", "pixels"}
+EVERYWHERE = {"checked_files", "errors", "outputs", "pixels"}
 
 
 def imported(path: Path) -> set[str]:

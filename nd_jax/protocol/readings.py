@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from nd_jax.converters.checked_files import read_json, shown
+from nd_jax.checked_files import read_json, shown
 from nd_jax.data import judge
 from nd_jax.data.world import ATTRIBUTES, World
 from nd_jax.errors import UserError

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 from nd_jax.errors import UserError
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 CONFIG_LIMIT = 1 << 20
 
 
@@ -44,15 +43,6 @@ def regular_file(path: Path, what: str = "file", *, follow: bool = False) -> int
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{what} {path} is not a regular file")
     return status.st_size
-
-
-def refuse_pickle(path: Path) -> NoReturn:
-    """Refuse a PyTorch pickle and say how to convert it: unpickling runs code that the file brings along."""
-    raise UserError(
-        f"{path} is a PyTorch pickle, which can run code when it is loaded; expected safetensors: convert it once "
-        f'where PyTorch is installed, python -c "import torch; from safetensors.torch import save_file; '
-        f'save_file(torch.load({path.name!r}, weights_only=True), {path.with_suffix(".safetensors").name!r})"'
-    )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
