@@ -34,6 +34,7 @@ from nd_jax.pyramid.normalise import NEODRAGON, PYRAMID_FLOW, LatentStats
 from nd_jax.pyramid.sampler import HYBRID, MONOLITHIC, SamplePlan
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.recipes.preset import VideoConfig
+from nd_jax.weights import shipped_folder
 
 TOKENIZERS = {"t5": "tokenizer_3", "clip": "tokenizer", "clip_2": "tokenizer_2"}
 DEFAULTS = "generation_config.json"
@@ -192,13 +193,14 @@ def load_system(path: str | Path, *, mode: str | None = None, dtype: str | None 
     """Load an official-layout folder (hybrid, monolithic or Pyramid-Flow's).
 
     Args:
-        path: the folder.
+        path: the folder, or the name of weights that the package brings along.
         mode: "hybrid" or "monolithic" where the folder holds both denoisers.
         dtype: dtype of the parameters in memory; ``None`` keeps what is stored.
 
     Raises:
         UserError: for anything wrong in the folder, and if it has no denoiser or no codec.
     """
+    path = shipped_folder(path)
     folder = load_folder(path)
     roles = {DENOISER: _denoiser_name(folder, mode), CODEC: folder.name_of(CODEC)}
     roles |= {name: folder.name_of(name, mode) for name in TEXT_PARTS if folder.has(name, mode)}

@@ -18,6 +18,7 @@ from nd_jax.models.system import CODEC, DENOISER, TEXT_PARTS, TextTokens, encode
 from nd_jax.pyramid.layout import exact_layout
 from nd_jax.pyramid.normalise import LatentStats
 from nd_jax.pyramid.schedule import Schedule
+from nd_jax.recipes.feeds import MixedFeed
 from nd_jax.recipes.flow_matching import FlowRecipe, FlowRecipeConfig
 from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.mesh import MeshConfig, make_mesh
@@ -41,8 +42,7 @@ def recipe(mesh: Mesh | None = None, **changes) -> FlowRecipe:
         schedule=SCHEDULE,
         stats=STATS,
         units=UNITS,
-        height=HEIGHT,
-        width=WIDTH,
+        sizes=[(HEIGHT, WIDTH)],
         text_length=tiny_system.TEXT_LENGTH,
         clip_length=tiny_system.TEXT_LENGTH,
         hooks=None if mesh is None else sharding_hooks(mesh, Rules(minimum=0)),
@@ -95,7 +95,7 @@ def one_row(examples: dict, row: int, group: int, stage: int) -> tuple[list[np.n
     clean = np.empty_like(latents)
     clean[:1] = (latents[:1] - STATS.shift) * STATS.scale
     clean[1:] = (latents[1:] - np.array(STATS.video_shift)) * STATS.video_scale
-    noise = at_level(examples["noise"][row, group].astype(np.float64), stage, noise=True)
+    noise = at_level(examples["noise"][group][row].astype(np.float64), stage, noise=True)
     end = at_level(clean[unit : unit + 1], stage)
     start = noise
     if stage:
@@ -226,7 +226,8 @@ def test_eight_devices_in_two_passes_agree_with_one(gradients):
 def test_a_step_keeps_the_state_in_form_and_names_its_metrics():
     """Traced, not run: the loop's own tests run steps."""
     program = Program(recipe(), make_mesh(MeshConfig(), jax.devices()[:1]), jax.random.key(0), (given(),))
-    assert {"loss", "flow/stage_0", "flow/stage_2", "optim/grad_norm", "optim/learning_rate"} == set(
+    parts = {f"optim/grad_norm_of/{part}" for part in (DENOISER, *TEXT_PARTS)}
+    assert {"loss", "flow/stage_0", "flow/stage_2", "optim/grad_norm", "optim/learning_rate"} | parts == set(
         program.metric_names
     )
     state = program.state
@@ -320,3 +321,78 @@ def test_latents_that_cannot_be_used(encoded, tmp_path):
         LatentSource(folder)
     with pytest.raises(UserError, match="nd-jax data latents"):
         LatentSource(tmp_path)
+
+
+# ---- several sizes in one step
+
+
+def test_sizes_trained_together_are_those_trained_apart():
+    """The joint loss of two sizes is the mean of their own, weighted by columns, with the same rows and draws."""
+    sizes = [(HEIGHT, WIDTH), (HEIGHT, HEIGHT)]
+    shared = {"schedule": SCHEDULE, "stats": STATS, "units": UNITS}
+    shared |= {"text_length": tiny_system.TEXT_LENGTH, "clip_length": tiny_system.TEXT_LENGTH}
+    joint_config = dataclasses.replace(CONFIG, batch=6, size_mix=(2, 1))
+    joint = FlowRecipe(tiny_system.CONFIG, joint_config, sizes=sizes, **shared)
+    assert joint.columns == (0, 2, 0, 2, 0, 2)
+    assert joint.column_sizes == (0, 0, 0, 0, 1, 1)
+    rng = np.random.Generator(np.random.Philox(5))
+    batch = make_batch(6)
+    del batch["latents"]
+    for index, (size, count) in enumerate(zip(sizes, (4, 2), strict=True)):
+        batch[f"latents_{index}"] = rng.standard_normal((count, UNITS, *size, CHANNELS), np.float32)
+    assert {name: x.shape for name, x in batch.items()} == {n: s.shape for n, s in joint.batch_spec().items()}
+    draws = jax.device_get(joint.draws(jax.random.key(1)))
+    params, losses = given(), []
+    whole, _ = jax.jit(joint.loss)(params, {name: x[None] for name, x in batch.items()} | draws)
+
+    for index, (start, stop) in enumerate(((0, 4), (4, 6))):
+        config = dataclasses.replace(CONFIG, batch=2)
+        alone = FlowRecipe(tiny_system.CONFIG, config, sizes=[sizes[index]], **shared)
+        for first in range(start, stop, 2):
+            rows = slice(first, first + 2)
+            part = {name: x[rows][None] for name, x in batch.items() if not name.startswith("latents")}
+            part["latents"] = batch[f"latents_{index}"][first - start : first - start + 2][None]
+            part |= {name: draws[name][:, rows] for name in ("unit", "uniform", "corrupt")}
+            part |= {name: draws[name][rows] for name in ("noise", "history")}
+            losses.append(jax.jit(alone.loss)(params, part)[0])
+    np.testing.assert_allclose(whole, np.mean(losses), rtol=1e-5)
+
+
+def test_first_frames_alone_train_as_images():
+    made = recipe(units=1, batch=4)
+    assert all(envelope.clips == ((1, *envelope.size(envelope.stage)),) for envelope in made.envelopes)
+    assert made.batch_spec()["latents"].shape == (4, 1, HEIGHT, WIDTH, CHANNELS)
+    assert not np.asarray(made.draws(jax.random.key(0))["unit"]).any()
+    with pytest.raises(UserError, match=r"units is 4, the videos have 3"):
+        recipe(units=4)
+    with pytest.raises(UserError, match=r"size mix \(1, 1\) for latents of 4x8; expected a share"):
+        recipe(size_mix=(1, 1))
+
+
+def test_mixed_feed_deals_rows_to_columns_and_resumes():
+    """Row r of the joint batch: first the columns of iterator 0, then those of iterator 1."""
+
+    class Counting:
+        def __init__(self, count, start):
+            self.count, self.at = count, start
+
+        def __next__(self):
+            values = np.arange(self.at, self.at + self.count, dtype=np.int32)
+            self.at += self.count
+            return {"latents": values, "t5_ids": values[:, None], "caption": ["" for _ in values]}
+
+        def get_state(self):
+            return self.at
+
+        def set_state(self, state):
+            self.at = state
+
+    feed = MixedFeed([Counting(4, 0), Counting(2, 100)], (2, 1), ("latents_0", "latents_1", "t5_ids"))
+    batch = next(feed)
+    assert batch["latents_0"].tolist() == [0, 1, 2, 3]
+    assert batch["latents_1"].tolist() == [100, 101]
+    assert batch["t5_ids"][:, 0].tolist() == [0, 1, 100, 2, 3, 101]
+    state = json.loads(json.dumps(feed.get_state()))
+    expected = next(feed)
+    feed.set_state(state)
+    np.testing.assert_array_equal(next(feed)["t5_ids"], expected["t5_ids"])

@@ -11,6 +11,7 @@ import numpy as np
 from nd_jax.commands.console import check_at_least, progress_bar, warn
 from nd_jax.errors import UserError
 from nd_jax.outputs import check_new_file
+from nd_jax.weights import SHIPPED
 
 Mode = Literal["monolithic", "hybrid"]
 SHEET_COLUMNS = 6
@@ -19,7 +20,7 @@ PROMPT_LIMIT = 1 << 20
 
 
 def generate(
-    checkpoint: Path,
+    checkpoint: Path = Path(SHIPPED),
     out: Path = Path("videos"),
     prompt: tuple[str, ...] = (),
     prompts: Path | None = None,
@@ -41,7 +42,7 @@ def generate(
     """Videos from prompts, with any official-layout checkpoint folder. Writes mp4 files and a contact sheet.
 
     Args:
-        checkpoint: official-layout folder.
+        checkpoint: official-layout folder, or shapes_base, the small system that comes with the package.
         out: folder for the videos.
         prompt: one or more prompts; an empty one means unconditional.
         prompts: text file with one prompt per line, instead.

@@ -137,6 +137,34 @@ def caption(labels: Int[np.ndarray, "objects 5"], rng: np.random.Generator, *, h
     return fill(pick(templates(len(labels), held_out=held_out)), labels, pick)
 
 
+OBJECTS = ("{size} {colour} {shape}", "{colour} {size} {shape}", "{shape}, {size} and {colour}", "{size} {shape} in {colour}")
+MOVES = ("{moving}", "{moves}", "that {moves}", "it {moves}")
+GROUNDS = ("{background}", "on {background}", "over {background}", "{background} background", "behind it {background}")
+PLACES = ("{place}: {what}", "on the {place} {what}", "{what} on the {place}", "{what} at the {place} side")
+JOINTS = (" ", ", ", " and ", " with ", ", the ", " , a ")
+OPENINGS = ("", "", "here ", "a clip: ", "now we see ", "this shows a ", "one short video of a ", "look, there ")
+
+
+def loose_caption(labels: Int[np.ndarray, "objects 5"], rng: np.random.Generator) -> str:
+    """All attributes in telegram style: phrases in any order, joined anyhow. No template that evaluation uses.
+
+    For text encoders, so that they read words and not places in a sentence.
+    """
+
+    def pick(options):
+        return options[int(rng.integers(len(options)))]
+
+    phrases, slots = [], {}
+    for place, row in zip(("left", "right"), np.asarray(labels).tolist(), strict=False):
+        slots = _slots(row, pick)
+        what = [pick(OBJECTS), pick(MOVES)]
+        phrase = pick(JOINTS).join(what[index] for index in rng.permutation(2)).format(**slots)
+        phrases.append(phrase if len(labels) == 1 else pick(PLACES).format(place=place, what=phrase))
+    phrases.append(pick(GROUNDS).format(**slots))
+    ordered = [phrases[index] for index in rng.permutation(len(phrases))]
+    return pick(OPENINGS) + pick(JOINTS).join(ordered).replace(" ,", ",")
+
+
 def plain_caption(labels: Int[np.ndarray, "objects 5"]) -> str:
     """The first template in its plainest words: the same caption for the same labels, always."""
     return fill(templates(len(labels), held_out=False)[0], labels, lambda options: options[0])

@@ -7,6 +7,7 @@ rows may stand at different units of their videos. Text encoders are trained alo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,9 +37,13 @@ class FlowRecipeConfig:
     """What a flow-matching run does besides its optimizer (arXiv 2410.05954; the published numbers as defaults)."""
 
     batch: int = 64
-    """Videos per update; a multiple of the sum of ``stage_mix``."""
+    """Videos per update, of all sizes together; a multiple of the sum of ``stage_mix`` times that of ``size_mix``."""
     stage_mix: tuple[int, ...] = (1, 2, 1)
     """Shares of the batch that train each stage, lowest resolution first."""
+    size_mix: tuple[int, ...] = (1,)
+    """Shares of the batch that come from each of the sizes that are trained together."""
+    units: int | None = None
+    """Train on the first so many latent frames of every video; 1 trains on first frames, as images. None: all."""
     corrupt_ratio: float = 1 / 3
     """Largest noise strength in the history."""
     caption_dropout: float = 0.1
@@ -62,9 +67,11 @@ class FlowRecipeConfig:
 class FlowRecipe:
     """The flow-matching recipe for the loop.
 
-    Batches: ``latents`` float32 [N, U, h, w, C] as the codec gives them, and the prompts' ids, ``t5_ids``/``t5_mask``
-    [N, S], ``clip_ids``, ``clip_2_ids`` [N, S2], int32. Row n trains the stage of column ``n % G``.
-    ``init`` takes a system's parameters, or none for fresh ones.
+    ``sizes`` are the latent heights and widths that are trained together, with shares ``size_mix``.
+    Batches: ``latents`` float32 [N, U, h, w, C] as the codec gives them (with several sizes: ``latents_0`` [N_0, ...],
+    ``latents_1``, ...), and the prompts' ids, ``t5_ids``/``t5_mask`` [N, S], ``clip_ids``, ``clip_2_ids`` [N, S2],
+    int32. Row n trains the stage of column ``n % G``; the first G_0 columns belong to size 0, and so on.
+    ``init`` takes a system's parameters, or some of its networks'; fresh ones for the rest.
     """
 
     def __init__(
@@ -75,21 +82,32 @@ class FlowRecipe:
         schedule: Schedule,
         stats: LatentStats,
         units: int,
-        height: int,
-        width: int,
+        sizes: Sequence[tuple[int, int]],
         text_length: int,
         clip_length: int,
         hooks: ShardingHooks | None = None,
         table: tuple[Rule, ...] = DEFAULT_TABLE,
     ):
         self.system, self.config, self.schedule, self.stats = system, config, schedule, stats
-        self.units, self.size = units, (height, width)
+        self.units, self.sizes = units if config.units is None else config.units, tuple(sizes)
+        if not 1 <= self.units <= units:
+            raise UserError(f"flow matching: units is {self.units}, the videos have {units} latent frames")
+        if len(config.size_mix) != len(self.sizes) or min(config.size_mix) < 1:
+            told = ", ".join(f"{h}x{w}" for h, w in self.sizes)
+            raise UserError(
+                f"flow matching: size mix {config.size_mix} for latents of {told}; expected a share of at least 1 each"
+            )
         self.lengths = (text_length, clip_length)
-        self.columns = column_stages(config.stage_mix)
+        stages = column_stages(config.stage_mix)
+        self.columns = tuple(stage for share in config.size_mix for _ in range(share) for stage in stages)
+        self.column_sizes = tuple(
+            index for index, share in enumerate(config.size_mix) for _ in range(share * len(stages))
+        )
         if len(config.stage_mix) != schedule.stages or config.batch % len(self.columns):
             raise UserError(
-                f"flow matching: batch {config.batch} and stage mix {config.stage_mix}; expected one share for each of "
-                f"the {schedule.stages} stages and a batch that is a multiple of their sum"
+                f"flow matching: batch {config.batch}, stage mix {config.stage_mix}, size mix {config.size_mix}; "
+                f"expected one share for each of the {schedule.stages} stages and a batch that is a multiple of "
+                f"{len(self.columns)}, the columns they make"
             )
         rows = config.batch // len(self.columns)
         if config.microbatches < 1 or rows % config.microbatches:
@@ -103,27 +121,46 @@ class FlowRecipe:
         self.rules = Rules(frozen + table)
         self.optimizer = make_optimizer(config.optim, self.rules)
         patch = system.diffusion_transformer.patch_size
-        stages = envelopes(units - 1, text_length, height, width, patch_size=patch, stages=schedule.stages)
-        self.envelopes = [stages[stage] for stage in self.columns]
+        of_size = [
+            envelopes(self.units - 1, text_length, height, width, patch_size=patch, stages=schedule.stages)
+            for height, width in self.sizes
+        ]
+        self.envelopes = [
+            of_size[size][stage] for size, stage in zip(self.column_sizes, self.columns, strict=True)
+        ]
         self._grads = value_and_grad(self.loss, config.microbatches)
+
+    @property
+    def latent_names(self) -> tuple[str, ...]:
+        """The batch's leaf of each size."""
+        several = len(self.sizes) > 1
+        return tuple(f"latents_{index}" if several else "latents" for index in range(len(self.sizes)))
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         n, (text, clip) = self.config.batch, self.lengths
-        latents = (n, self.units, *self.size, self.system.diffusion_transformer.in_channels)
+        rows, channels = n // len(self.columns), self.system.diffusion_transformer.in_channels
+        shapes = [
+            (rows * self.column_sizes.count(index), self.units, *size, channels)
+            for index, size in enumerate(self.sizes)
+        ]
+        latents = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32)
+            for name, shape in zip(self.latent_names, shapes, strict=True)
+        }
         ids = {"t5_ids": text, "t5_mask": text, "clip_ids": clip, "clip_2_ids": clip}
-        spec = {name: jax.ShapeDtypeStruct((n, length), jnp.int32) for name, length in ids.items()}
-        return {"latents": jax.ShapeDtypeStruct(latents, jnp.float32), **spec}
+        return latents | {name: jax.ShapeDtypeStruct((n, length), jnp.int32) for name, length in ids.items()}
 
     def init(self, key: jax.Array, *given: Params) -> TrainState:
         parts = tuple(name for name in self.definitions if name != CODEC)
-        params = {name: given[0][name] for name in parts} if given else init_system(self.definitions, key, parts)
+        known = {name: params for name, params in given[0].items() if name in parts} if given else {}
+        params = known | init_system(self.definitions, key, tuple(name for name in parts if name not in known))
         return TrainState.create(params, self.optimizer, jax.random.fold_in(key, 1), ema=True)
 
     def draws(self, key: jax.Array) -> dict[str, Any]:
         """All randomness of one update; every array starts with [B] = batch / columns.
 
-        Per column: ``unit`` int32 and ``uniform``, ``corrupt`` in [0, 1) as [B, G]; ``noise`` [B, G, 1, h, w, C];
-        ``history`` a list of one tuple of arrays per column.
+        Per column: ``unit`` int32 and ``uniform``, ``corrupt`` in [0, 1) as [B, G]; ``noise``, one [B, 1, h, w, C] per
+        column; ``history``, one tuple of arrays per column.
         """
         groups, channels = len(self.columns), self.system.diffusion_transformer.in_channels
         rows, stages = self.config.batch // groups, self.schedule.stages
@@ -134,34 +171,35 @@ class FlowRecipe:
             is_top = jnp.array([stage == stages - 1 for stage in self.columns])
             unit = jnp.where(is_top, unit[:, :1], self.units - 1 - unit[:, :1])
         # All normal numbers come from one call: each further one costs a second of compile time on a CPU.
-        shapes = [(groups, 1, *self.size, channels)]
+        shapes = [(1, envelope.height, envelope.width, channels) for envelope in self.envelopes]
         shapes += [shape[1:] for envelope in self.envelopes for shape in history_noise_shapes(envelope, rows, channels)]
         ends = np.cumsum([math.prod(shape) for shape in shapes])
         parts = jnp.split(jax.random.normal(normal_key, (rows, ends[-1])), ends[:-1], axis=1)
-        noise, *rest = (part.reshape(rows, *shape) for part, shape in zip(parts, shapes, strict=True))
-        remaining = iter(rest)
+        arrays = [part.reshape(rows, *shape) for part, shape in zip(parts, shapes, strict=True)]
+        noise, remaining = arrays[:groups], iter(arrays[groups:])
         history = [tuple(next(remaining) for _ in envelope.clips[:-1]) for envelope in self.envelopes]
         return {"unit": unit, "uniform": uniform, "corrupt": corrupt, "noise": noise, "history": history}
 
     def loss(self, params: Params, examples: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
         """Mean squared velocity error over all rows, and each stage's mean.
 
-        ``examples`` holds the batch as [B, G, ...] and the arrays of ``draws``.
+        ``examples`` holds the batch as [B, G, ...] (latents [B, G of their size, ...]) and the arrays of ``draws``.
         """
         tokens = TextTokens(*(examples[name].reshape(-1, examples[name].shape[-1]) for name in TextTokens._fields))
         if not self.config.train_text:
             params = {name: jax.lax.stop_gradient(p) if name in TEXT_PARTS else p for name, p in params.items()}
         conditions = encode_text(self.definitions, params, tokens)
         groups, built = len(self.columns), []
+        latents = [column for name in self.latent_names for column in jnp.moveaxis(examples[name], 1, 0)]
         for group, envelope in enumerate(self.envelopes):
             unit = examples["unit"][:, group]
             example = flow_example(
                 envelope,
                 self.schedule,
-                self.stats.normalise(examples["latents"][:, group]),
+                self.stats.normalise(latents[group]),
                 unit,
                 uniform=examples["uniform"][:, group],
-                noise=examples["noise"][:, group],
+                noise=examples["noise"][group],
                 corrupt_uniform=examples["corrupt"][:, group],
                 history_noise=examples["history"][group],
                 corrupt_ratio=self.config.corrupt_ratio,
@@ -186,8 +224,8 @@ class FlowRecipe:
         return jnp.mean(jnp.stack(losses)), by_stage
 
     def step(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict]:
-        groups = len(self.columns)
-        examples = {name: x.reshape(-1, groups, *x.shape[1:]) for name, x in batch.items()}
+        rows = self.config.batch // len(self.columns)
+        examples = {name: x.reshape(rows, -1, *x.shape[1:]) for name, x in batch.items()}
         grads, metrics = self._grads(state.params, examples | self.draws(state.step_key()))
         state, optim_metrics = state.advance(grads, self.optimizer, ema_decay=self.config.ema_decay)
         return state, {"loss": metrics.pop("loss"), "flow": metrics, "optim": optim_metrics}

@@ -15,6 +15,7 @@ from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.recipes.codec import CodecRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
+from nd_jax.recipes.text_attributes import TextRecipeConfig
 from nd_jax.training.loop import LoopConfig
 
 
@@ -47,6 +48,14 @@ class CodecRun:
 
 
 @dataclass(frozen=True)
+class TextRun:
+    """A pre-training run of the text encoders: recipe and loop."""
+
+    recipe: TextRecipeConfig = field(default_factory=TextRecipeConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
 class FlowRun:
     """A flow-matching run: recipe and loop."""
 
@@ -62,7 +71,7 @@ class Preset:
     system: SystemConfig
     video: VideoConfig
     sampling: SamplePlan
-    runs: Mapping[str, CodecRun | FlowRun]
+    runs: Mapping[str, CodecRun | TextRun | FlowRun]
     schedule: Schedule = field(default_factory=Schedule)
     world: str | None = None
     """The shapes world it trains on, if any."""
@@ -78,7 +87,7 @@ class Preset:
         frames = 1 + (self.video.frames - 1) // codec.time_scale
         return frames, self.video.height // codec.space_scale, self.video.width // codec.space_scale
 
-    def run(self, name: str) -> CodecRun | FlowRun:
+    def run(self, name: str) -> CodecRun | TextRun | FlowRun:
         """The run of that name. Raises UserError listing the runs for any other."""
         if name not in self.runs:
             raise UserError(f"preset {self.name}: no run {name!r}, expected one of {', '.join(self.runs)}")

@@ -1,0 +1,103 @@
+"""The shapes teacher that ships with the package: hours instead of minutes on two CPU cores.
+
+Its runs in order, with their commands, hours and curves: nd_jax/weights/shapes_base/README.md.
+"""
+
+from nd_jax.models.causal_vae import NativeVAEConfig
+from nd_jax.models.clip import CLIPTextConfig
+from nd_jax.models.mmdit import MMDiTConfig
+from nd_jax.models.system import SystemConfig
+from nd_jax.models.t5 import T5Config
+from nd_jax.recipes.codec import CodecRecipeConfig
+from nd_jax.recipes.flow_matching import FlowRecipeConfig
+from nd_jax.recipes.preset import CodecRun, FlowRun, Preset, SamplingConfig, TextRun, VideoConfig
+from nd_jax.recipes.text_attributes import TextRecipeConfig
+from nd_jax.training.loop import LoopConfig
+from nd_jax.training.optim import OptimConfig
+
+WIDTH, HEADS = 128, 4
+TEXT_WIDTH = 128
+TEXT_LENGTH = 36  # two objects take up to 35 tokens
+LATENT_CHANNELS = 12
+
+tower = CLIPTextConfig(
+    vocab_size=1024,
+    hidden_size=64,
+    intermediate_size=256,
+    projection_dim=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=TEXT_LENGTH,
+)
+system = SystemConfig(
+    text_encoder=tower,
+    text_encoder_2=tower,
+    text_encoder_3=T5Config(vocab_size=512, d_model=TEXT_WIDTH, d_kv=32, d_ff=256, num_layers=3, num_heads=4, out_dim=None),
+    diffusion_transformer=MMDiTConfig(
+        sample_size=8,
+        patch_size=1,
+        in_channels=LATENT_CHANNELS,
+        num_layers=8,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_WIDTH,
+        context_embedder=True,
+        pooled_projection_dim=128,
+        pos_embed_max_size=16,
+    ),
+    causal_video_vae=NativeVAEConfig(
+        encoder_out_channels=LATENT_CHANNELS,
+        decoder_in_channels=LATENT_CHANNELS,
+        encoder_block_out_channels=(8, 8, 24, 48),
+        decoder_block_out_channels=(8, 8, 24, 48),
+        encoder_layers_per_block=(1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        encoder_norm_num_groups=1,
+        decoder_norm_num_groups=1,
+        sample_size=64,
+    ),
+)
+
+
+def flow(steps: int, learning_rate: float, *, schedule: str = "constant", **recipe) -> FlowRun:
+    """A run with frozen text encoders; one that anneals brings the learning rate to nothing."""
+    optim = OptimConfig(
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup_steps=100 if schedule == "constant" else 1,
+        decay_steps=steps,
+        final_fraction=0.02,
+        b2=0.95,
+        weight_decay=1e-4,
+    )
+    return FlowRun(
+        recipe=FlowRecipeConfig(train_text=False, optim=optim, **recipe),
+        loop=LoopConfig(steps=steps, save_every=250, log_every=25),
+    )
+
+
+PRESET = Preset(
+    name="shapes_base",
+    system=system,
+    video=VideoConfig(height=64, width=64, frames=33, text_length=TEXT_LENGTH, clip_length=TEXT_LENGTH),
+    sampling=SamplingConfig(
+        first_steps=(8, 8, 8), later_steps=(4, 4, 4), first_guidance=2.0, later_guidance=2.0, grid="plain"
+    ),
+    world="64x64",
+    runs={
+        "codec": CodecRun(
+            recipe=CodecRecipeConfig(
+                batch=4,
+                frames=17,
+                optim=OptimConfig(learning_rate=2e-4, warmup_steps=50, decay_steps=440, b2=0.98, weight_decay=1e-5),
+            ),
+            loop=LoopConfig(steps=440, save_every=100, log_every=10),
+        ),
+        "text": TextRun(recipe=TextRecipeConfig(), loop=LoopConfig(steps=400, save_every=200, log_every=20)),
+        "image": flow(4000, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), units=1, ema_decay=0.998),
+        "teacher": flow(12_000, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), ema_decay=0.999),
+        "anneal": flow(
+            3000, 1.5e-3, schedule="linear", batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), ema_decay=0.998
+        ),
+    },
+)
