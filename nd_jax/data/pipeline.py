@@ -29,7 +29,16 @@ class BatchIterator(grain.DatasetIterator):
         self.pins = dict(pins)
 
     def __next__(self) -> Batch:
-        return next(self._inner)
+        """The next batch. Errors of the source come through as they are, from worker processes too."""
+        try:
+            return next(self._inner)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise UserError(
+                f"data: a process that reads data has died ({error}); expected it to live as long as the training: it "
+                "may have run out of memory, try fewer workers or none"
+            ) from error
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able: the position, and what it depends on."""
