@@ -80,6 +80,16 @@ def test_nothing_is_drawn_as_training_draws_it():
     assert not skeletons[0] & skeletons[1]
 
 
+def test_telegram_style_is_no_held_out_template():
+    """What text encoders are pre-trained on beside the templates never spells a caption of the held-out ones."""
+    rng = np.random.Generator(np.random.Philox(7))
+    for name in ("heldout_templates", "two_objects"):
+        labels, held_out = prompt_list(QUICK, name).labels, set()
+        for row in labels:
+            held_out |= {words.caption(row, rng, held_out=True) for _ in range(10)}
+        assert not held_out & {words.loose_caption(row, rng) for row in labels for _ in range(50)}
+
+
 def test_reworded_prompts_differ_in_the_template_only():
     held_out, reworded = (prompt_list(QUICK, name) for name in TEMPLATES)
     np.testing.assert_array_equal(held_out.labels, reworded.labels)

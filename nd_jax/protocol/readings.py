@@ -24,7 +24,7 @@ from nd_jax.protocol.definition import CONTROL_SPLIT, SPLITS, Protocol, prompt_l
 FILE = "readings.json"
 FORMAT = 1
 LIMIT = 1 << 26
-"""Bytes of a readings file; the full protocol takes about one per cent of it for each system."""
+"""Bytes of a readings file; the full protocol takes less than one per cent of it for each system."""
 
 
 class Measured(NamedTuple):
