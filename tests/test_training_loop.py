@@ -4,17 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_toy as toy
-from jax.experimental.compilation_cache import compilation_cache
+from training_toy import assert_same, numbers
 
 from nd_jax.errors import UserError
 from nd_jax.training.checkpoint import CheckpointStore, load_tree, read_record
@@ -23,7 +19,7 @@ from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.loop import Every
 from nd_jax.training.mesh import MeshConfig, make_mesh
 from nd_jax.training.metrics import TrainingDiverged, read_metrics
-from nd_jax.training.paths import is_key, named_leaves
+from nd_jax.training.paths import named_leaves
 from nd_jax.training.program import Program
 
 STEPS = 10
@@ -34,35 +30,12 @@ ONE = make_mesh(MeshConfig(), jax.devices()[:1])
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Compiled programs shared by the tests of this file and the processes they start."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield {name.upper(): str(value) for name, value in wanted.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def numbers(state):
-    """Every leaf of a state, on the host."""
-    return {name: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for name, leaf in named_leaves(state)}
+    with toy.compiled_once(tmp_path_factory.mktemp("compiled")) as environment:
+        yield environment
 
 
 def curve(folder, names=("loss", "grad_norm")):
     return [(row["step"], *(row[name] for name in names)) for row in read_metrics(folder)]
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -128,32 +101,6 @@ def test_interrupted_politely_and_resumed_is_bit_equal(whole, tmp_path):
     assert stream.get_state() == position
     assert curve(tmp_path) == curve(folder)
     assert second.seconds > first.seconds
-
-
-def test_killed_and_resumed_is_bit_equal(whole, tmp_path, cache):
-    """kill -9 three steps after a checkpoint: those three are trained again, and nobody can tell."""
-    expected, position, folder, _ = whole
-    run = tmp_path / "run"
-    log = (tmp_path / "log").open("w")
-    script = Path(toy.__file__)
-    process = subprocess.Popen(
-        [sys.executable, script, run, "1000", "7"], env=os.environ | cache, stdout=log, stderr=log, cwd=script.parent
-    )
-    deadline = time.monotonic() + 120
-    try:
-        while not ((run / "checkpoints" / "4").exists() and read_metrics(run)[-1]["step"] >= 7):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.kill()
-        process.wait()
-    assert read_record(run)["step"] == 4
-    stream = toy.batches()
-    outcome = toy.run(run, steps=STEPS, mesh=SHARDED, stream=stream)
-    assert_same(numbers(outcome.state), expected)
-    assert stream.get_state() == position
-    assert curve(run) == curve(folder)
 
 
 @pytest.mark.parametrize("mesh", [OTHER, ONE], ids=["4x2", "1"])

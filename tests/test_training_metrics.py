@@ -47,8 +47,23 @@ def test_the_blame_goes_to_the_loss_term_first():
     assert first_non_finite({"grad_norm": nan, "loss": nan, "loss/flow": inf, "size": 1.0}) == "loss/flow"
     assert first_non_finite({"grad_norm": nan, "loss": inf}) == "loss"
     assert first_non_finite({"grad_norm": 1.0}) is None
-    assert "step 7: metric loss/flow is inf" in str(TrainingDiverged(7, "loss/flow", inf, 4))
-    assert "checkpoint of step 4 is kept" in str(TrainingDiverged(7, "loss/flow", inf, 4))
+
+
+def test_divergence_names_step_term_and_parameter_groups():
+    nan, of = float("nan"), "optim/grad_norm_of"
+    both = {"flow/stage_1": nan, "loss": nan, f"{of}/denoiser": nan, f"{of}/text": 1.0, "optim/grad_norm": nan}
+    error = TrainingDiverged(7, both, 4)
+    assert (error.step, error.metric, error.groups, error.kept) == (7, "flow/stage_1", ["denoiser"], 4)
+    assert str(error).startswith(
+        "step 7: metric flow/stage_1 is nan, expected a finite number; the gradient of denoiser is not finite either; "
+        "the checkpoint of step 4 is kept"
+    )
+    error = TrainingDiverged(7, both | {"flow/stage_1": 0.5, "loss": 0.5, f"{of}/text": float("inf")}, None)
+    assert (error.metric, error.groups) == (f"{of}/denoiser", ["denoiser", "text"])
+    assert "step 7: the gradient of denoiser, text is nan, expected a finite number; every loss is finite" in str(error)
+    assert "no checkpoint was written yet" in str(error)
+    error = TrainingDiverged(7, {"loss": 1.0, "psnr": nan}, None)
+    assert (error.metric, error.groups) == ("psnr", [])
 
 
 def test_resuming_drops_lines_of_later_steps_and_half_lines(tmp_path):

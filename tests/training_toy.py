@@ -1,23 +1,31 @@
-"""A small recipe for the tests of the training room; run as a script it trains in a process that can be killed."""
+"""A small recipe for the tests of the training room; as a script, a verb of the command line that can be killed."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grain.python as grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from nd_jax import cli
+from nd_jax.data import pipeline
 from nd_jax.models.hooks import ShardingHooks
 from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.loop import Every, LoopConfig, train
 from nd_jax.training.mesh import MeshConfig, make_mesh
 from nd_jax.training.optim import OptimConfig, make_optimizer, value_and_grad
+from nd_jax.training.paths import is_key, named_leaves
 from nd_jax.training.sharding import Rules
 from nd_jax.training.state import TrainState
 
@@ -86,8 +94,10 @@ def draw(index: int) -> dict[str, np.ndarray]:
 
 
 def batches(seed: int = 0) -> grain.DatasetIterator:
-    """An endless, seeded, checkpointable stream."""
-    dataset = grain.MapDataset.range(200).shuffle(seed).repeat().map(draw).batch(BATCH)
+    """An endless, seeded, checkpointable stream of this process's examples."""
+    count = jax.process_count()
+    dataset = grain.MapDataset.range(200).shuffle(seed).repeat()[jax.process_index() :: count]
+    dataset = dataset.map(draw).batch(BATCH // count)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
@@ -100,7 +110,90 @@ def run(folder: Path, *, steps: int, mesh: Mesh, **options):
     return train(recipe, options.pop("stream", None) or batches(), config, folder, mesh=mesh, **options)
 
 
+def probe(step: int, _) -> dict[str, float]:
+    """A callback that logs something of its own."""
+    return {"probe": step / 7}
+
+
+def command(
+    folder: Path,
+    steps: int,
+    data: int = 1,
+    fsdp: int = 1,
+    save_every: int = 4,
+    keep: int = 2,
+    slow: float = 0.0,
+    pause: int = 0,
+    strike: int = 0,
+    strikes: int = 1,
+    fail: int = 0,
+    workers: int = 0,
+    loud: bool = False,
+) -> int:
+    """The toy as a verb: exit codes and messages are the command line's.
+
+    Args:
+        folder: of the run.
+        steps: of the whole run.
+        data: size of that mesh axis.
+        fsdp: size of that mesh axis.
+        save_every: steps between checkpoints.
+        keep: checkpoints.
+        slow: seconds that every step takes longer.
+        pause: step at which to stall, for whoever wants to strike.
+        strike: step at which to send Ctrl-C to itself.
+        strikes: how many of them.
+        fail: step at which a callback raises.
+        workers: processes that read the data, in another order than without.
+        loud: tell what it does.
+    """
+
+    def every(step: int, _) -> None:
+        time.sleep(600 if step == pause else slow)
+        for _ in range(strikes if step == strike else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        if step == fail:
+            raise RuntimeError("a mistake in a callback")
+
+    callbacks = [Every(1, every), Every(5, probe)] if slow or pause or strike or fail else [Every(5, probe)]
+    mesh = make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])
+    options = {"save_every": save_every, "keep": keep, "quiet": not loud, "callbacks": callbacks}
+    if workers:
+        options["stream"] = pipeline.batches([draw(n) for n in range(200)], BATCH, keys=("x",), workers=workers)
+    outcome = run(folder, steps=steps, mesh=mesh, **options)
+    return 0 if outcome.finished else 130
+
+
+def numbers(state) -> dict[str, np.ndarray]:
+    """Every leaf of a state, on the host."""
+    return {name: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for name, leaf in named_leaves(state)}
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """Bit-equal, by name."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@contextmanager
+def compiled_once(folder: Path) -> Iterator[dict[str, str]]:
+    """Compiled programs are shared through ``folder``; yields the environment that makes other processes share them."""
+    wanted = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {name.upper(): str(value) for name, value in wanted.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 if __name__ == "__main__":
-    # Stalls at a step, for whoever started this to strike.
-    pause = Every(int(sys.argv[3]), lambda *_: time.sleep(600))
-    run(Path(sys.argv[1]), steps=int(sys.argv[2]), mesh=make_mesh(MeshConfig(data=2, fsdp=4)), callbacks=[pause])
+    cli.VERBS["toy"] = "training_toy:command"
+    sys.exit(cli.main(["toy", *sys.argv[1:]]))

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from nd_jax.data.tokenizers import TextTokenizer
+from nd_jax.data.workers import stay_with_parent
 from nd_jax.errors import UserError
 
 Batch = dict[str, Any]
@@ -97,7 +98,7 @@ def batches(
     if workers:
         _mark_flags_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        stream = stream.mp_prefetch(options)
+        stream = stream.mp_prefetch(options, worker_init_fn=stay_with_parent)
     pins = {
         "examples": count,
         "batch_size": batch_size,

@@ -6,7 +6,9 @@ Written with Orbax in the background; a step's folder appears under its final na
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,35 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from grain.python import DatasetIterator, PyGrainDatasetIterator
 
 from nd_jax.errors import UserError
-from nd_jax.training.paths import Tree, is_key, named_leaves
+from nd_jax.training.checkpoint_files import (
+    FOLDER,
+    check_identity,
+    check_shapes,
+    portable,
+    quiet_orbax,
+    reading,
+    reason,
+    state_metadata,
+    step_folder,
+    steps_in,
+)
+from nd_jax.training.paths import Tree
+from nd_jax.training.seal import write_seal
 
-FOLDER = "checkpoints"
-"""Inside a run's folder."""
+UNFINISHED = "{}.orbax-checkpoint-tmp*"
+"""What Orbax calls a step's folder until it is complete."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of one run; a context, which waits for what is being written. Hold the ``run_lock`` meanwhile.
 
     ``identity`` (the preset's name and whatever else must not change between parts of a run) is stored with every
     checkpoint, and ``restore`` refuses one whose identity differs. ``settings`` is stored for people and tools.
+
+    A write that fails leaves nothing behind but the older checkpoints, and raises ``UserError``, one line, from the
+    next ``check``, ``save``, ``wait`` or the end of the context.
     """
 
     def __init__(
@@ -42,6 +59,9 @@ class CheckpointStore:
     ):
         self._folder = Path(run).absolute() / FOLDER
         self._record = json.loads(json.dumps({"identity": dict(identity), "settings": dict(settings or {})}))
+        self._writing: int | None = None
+        self._quiet = ExitStack()
+        self._quiet.enter_context(quiet_orbax())
         try:
             self._manager = ocp.CheckpointManager(
                 self._folder,
@@ -50,6 +70,7 @@ class CheckpointStore:
                     keep_period=keep_every,
                     cleanup_tmp_directories=True,  # a killed process leaves its unfinished folder behind
                     enable_async_checkpointing=True,
+                    async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
                 ),
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
@@ -58,82 +79,117 @@ class CheckpointStore:
                 },
             )
         except OSError as error:
-            raise UserError(f"cannot keep checkpoints in {self._folder}: {error}; choose a writable folder") from error
+            self._quiet.close()
+            raise UserError(
+                f"cannot keep checkpoints in {self._folder} ({reason(error)}); choose a writable folder"
+            ) from error
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+        """The step of the newest checkpoint, the one under way included."""
         return self._manager.latest_step()
+
+    def kept(self) -> int | None:
+        """The step of the newest complete checkpoint, when all writing is over."""
+        with suppress(UserError):
+            self.wait()
+        return max(steps_in(self._folder), default=None)
 
     def save(self, step: int, state: Tree, iterator: Any, seconds: float = 0.0) -> None:
         """Starts writing; returns once the arrays are copied off the device, so the state may be donated after.
 
         Does nothing if this step is saved already. ``seconds`` is the wall-clock time the run has taken so far.
         """
+        self.wait()
         if step == self.latest():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(_portable(iterator)),
-                config=ocp.args.JsonSave({**self._record, "step": step, "seconds": seconds}),
-            ),
-        )
+        self._writing = step
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=grain.checkpoint.CheckpointSave(portable(iterator)),
+                    config=ocp.args.JsonSave({**self._record, "step": step, "seconds": seconds}),
+                ),
+                force=True,
+            )
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
 
     def restore(self, abstract: Tree, iterator: Any, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
         """The newest (or named) checkpoint: the state, laid out as ``abstract`` says, and the stored record.
 
         ``abstract`` holds ``jax.ShapeDtypeStruct`` leaves with shardings, of any mesh. ``iterator`` is set to the
-        stored position. Raises ``UserError`` for a checkpoint of another preset or with other shapes.
+        stored position. Raises ``UserError`` for a damaged checkpoint, one of another preset or with other shapes.
         """
         step = self.latest() if step is None else step
-        record = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-        self._check_identity(step, record)
-        self._check_shapes(step, abstract)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),
-                data=grain.checkpoint.CheckpointRestore(_portable(iterator)),
-            ),
-        )
+        folder = self._folder / str(step)
+        with reading(folder):
+            record = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+            check_identity(folder, record["identity"], self._record["identity"])
+            check_shapes(folder, abstract)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    data=grain.checkpoint.CheckpointRestore(portable(iterator)),
+                ),
+            )
         return restored.state, record
+
+    def check(self) -> None:
+        """Whether the write under way has failed meanwhile, without waiting for it.
+
+        Of several processes none asks: they would not raise at the same step, and so wait for each other.
+        """
+        if self._writing is not None and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
-        self._manager.wait_until_finished()
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+        self._writing = None
 
     def __enter__(self) -> CheckpointStore:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Waits for writes, then releases the manager's threads."""
-        self._manager.close()
+        try:
+            self.wait()
+        except UserError:
+            if error is None:
+                raise
+        finally:
+            with self._quiet:
+                self._manager.close()
 
-    def _check_identity(self, step: int, record: Mapping[str, Any]) -> None:
-        stored, current = record["identity"], self._record["identity"]
-        for name in sorted(stored.keys() | current.keys()):
-            if stored.get(name) != current.get(name):
-                raise UserError(
-                    f"checkpoint {self._folder / str(step)} belongs to {name} {stored.get(name)!r}, this run has "
-                    f"{current.get(name)!r}; choose another output folder, or the {name} it was written with"
-                )
+    def _seal(self) -> None:
+        """Called by Orbax on process 0 when all files are written, before the folder takes its final name."""
+        (folder,) = self._folder.glob(UNFINISHED.format(self._writing))
+        write_seal(folder)
 
-    def _check_shapes(self, step: int, abstract: Tree) -> None:
-        stored = {name: _stored_form(leaf) for name, leaf in named_leaves(_state_metadata(self._folder / str(step)))}
-        wanted = {name: _stored_form(leaf) for name, leaf in named_leaves(abstract)}
-        for name in sorted(stored.keys() | wanted.keys()):
-            if stored.get(name) != wanted.get(name):
-                raise UserError(
-                    f"checkpoint {self._folder / str(step)}: {name} is {_told(stored.get(name))}, this run expects "
-                    f"{_told(wanted.get(name))}; choose another output folder, or the settings it was written with"
-                )
+    def _failed(self, error: BaseException) -> UserError:
+        step, self._writing = self._writing, None
+        if jax.process_index() == 0:
+            for folder in self._folder.glob(UNFINISHED.format(step)):
+                shutil.rmtree(folder, ignore_errors=True)
+        last = max(steps_in(self._folder), default=None)
+        go_on = "begins anew: no checkpoint was written yet" if last is None else f"goes on from step {last}, kept"
+        return UserError(
+            f"the checkpoint of step {step} could not be written to {self._folder} ({reason(error)}); make it writable "
+            f"or free some space, then run the same command again: it {go_on}"
+        )
 
 
 def read_record(run: Path, step: int | None = None) -> dict[str, Any]:
     """Identity, settings, step and seconds stored with a run's newest (or named) checkpoint."""
-    folder = _step_folder(run, step)
-    return ocp.JsonCheckpointHandler().restore(epath.Path(folder / "config"), args=ocp.args.JsonRestore())
+    folder = step_folder(run, step)
+    with reading(folder):
+        return ocp.JsonCheckpointHandler().restore(epath.Path(folder / "config"), args=ocp.args.JsonRestore())
 
 
 def load_tree(
@@ -142,10 +198,21 @@ def load_tree(
     """One part of a run's newest (or named) state, e.g. ``ema`` or ``params/student``, without the rest.
 
     Arrays are numpy on the host, or ``jax.Array`` under ``sharding`` (one for all, or a tree of them).
-    Raises ``UserError`` when there is no checkpoint or no such part.
+    Safe while the run goes on: when it replaces its newest checkpoint meanwhile, the newer one is read.
+    Raises ``UserError`` when there is no checkpoint or no such part, and for a damaged one.
     """
-    folder = _step_folder(run, step)
-    node, keys = _state_metadata(folder), part.split("/")
+    while True:
+        folder = step_folder(run, step)
+        try:
+            with reading(folder):
+                return _load(folder, part, sharding)
+        except UserError:
+            if step_folder(run, step) == folder:
+                raise
+
+
+def _load(folder: Path, part: str, sharding: jax.sharding.Sharding | Tree | None) -> Tree:
+    node, keys = state_metadata(folder), part.split("/")
     for key in keys:
         if not isinstance(node, Mapping) or node.get(key) is None:
             known = ", ".join(sorted(node)) if isinstance(node, Mapping) else "nothing below it"
@@ -165,49 +232,3 @@ def load_tree(
     for key in keys:
         tree = tree[key]
     return tree
-
-
-class _JsonIterator:
-    """Gives any iterator with ``get_state`` and ``set_state`` (JSON values) the face Grain's handler expects."""
-
-    def __init__(self, iterator: Any):
-        self._iterator = iterator
-
-    def get_state(self) -> bytes:
-        return json.dumps(self._iterator.get_state()).encode()
-
-    def set_state(self, state: bytes) -> None:
-        self._iterator.set_state(json.loads(state))
-
-    def start_prefetch(self) -> None:
-        pass
-
-
-def _portable(iterator: Any) -> Any:
-    if isinstance(iterator, DatasetIterator | PyGrainDatasetIterator):
-        return iterator
-    return _JsonIterator(iterator)
-
-
-def _step_folder(run: Path, step: int | None) -> Path:
-    folder = Path(run).absolute() / FOLDER
-    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
-    if not steps or (step is not None and step not in steps):
-        wanted = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        raise UserError(f"{run} does not hold {wanted}; give the folder of a training run that has saved one")
-    return folder / str(max(steps) if step is None else step)
-
-
-def _state_metadata(folder: Path) -> Tree:
-    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder / "state")).tree
-
-
-def _stored_form(leaf: Any) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype as a checkpoint holds them: random keys lie there as their integers."""
-    if is_key(leaf):
-        leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return tuple(leaf.shape), str(np.dtype(leaf.dtype))
-
-
-def _told(form: tuple[tuple[int, ...], str] | None) -> str:
-    return "absent" if form is None else f"{form[1]} {list(form[0])}"

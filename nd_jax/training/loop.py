@@ -9,23 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
 from nd_jax.errors import UserError
 from nd_jax.training.checkpoint import CheckpointStore
 from nd_jax.training.compiles import CompileCounter
-from nd_jax.training.interrupt import Interruption
+from nd_jax.training.interrupt import Interruption, agreed
+from nd_jax.training.lock import run_lock
 from nd_jax.training.mesh import MeshConfig, make_mesh
 from nd_jax.training.metrics import LaggedMetrics, MetricsWriter, TrainingDiverged, first_non_finite
 from nd_jax.training.program import Program
 from nd_jax.training.progress import TrainingProgress
 from nd_jax.training.recipe import Batch, Recipe, State
-
-AGREE_EVERY = 8
-"""Steps between the moments at which several processes agree on whether to stop."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +99,12 @@ def train(
     batch size, on which the order of examples depends) must be the same in every part of a run.
     ``given`` goes to the recipe's ``init``.
 
-    The folder receives ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/``. A resumed run is bit-equal to one
-    that was never interrupted, on the same mesh.
+    The folder receives ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``run.lock``. A resumed run is
+    bit-equal to one that was never interrupted, on the same mesh.
 
-    Raises ``TrainingDiverged`` naming step and metric as soon as a metric is not finite, before such a state is saved;
-    ``UserError`` for a mesh, a batch or a checkpoint that does not fit, and for data that ends.
+    Raises ``TrainingDiverged`` naming step, metric and parameter groups as soon as a metric is not finite, before such
+    a state is saved; ``UserError`` for a mesh, a batch or a checkpoint that does not fit, for data that ends, for a
+    folder that another run uses or that cannot be written, and for a damaged checkpoint.
     """
     began = time.monotonic()
     folder = Path(folder)
@@ -115,10 +112,13 @@ def train(
     program = Program(recipe, mesh, jax.random.key(config.seed), given)
     leader = jax.process_index() == 0
 
-    store = CheckpointStore(
-        folder, {"preset": preset, **(pinned or {})}, settings, keep=config.keep, keep_every=config.keep_every
-    )
-    with store, CompileCounter() as compiles, Interruption() as interruption:
+    identity = {"preset": preset, **(pinned or {})}
+    with (
+        run_lock(folder),
+        Interruption() as interruption,
+        CheckpointStore(folder, identity, settings, keep=config.keep, keep_every=config.keep_every) as store,
+        CompileCounter() as compiles,
+    ):
         # ---- resume or begin
         start, earlier = store.latest(), 0.0
         if start is None:
@@ -135,7 +135,7 @@ def train(
                 return "steps"
             late = config.max_seconds is not None and seconds() >= config.max_seconds
             reason = interruption.name or ("seconds" if late else None)
-            return reason if jax.process_count() == 1 else _agreed(reason, step)
+            return reason if jax.process_count() == 1 else agreed(reason, step)
 
         reason = why_stop(start)
         if reason is not None and (start or reason != "seconds"):
@@ -148,6 +148,8 @@ def train(
             progress.say(f"compiling for {_told(mesh)}" + (f", resuming at step {start}" if start else ""))
             names, run_step = program.metric_names, program.compile_step()
             progress.say(f"compiled in {compiles.seconds:.1f} s")
+            if interruption.name is not None and jax.process_count() == 1:
+                return Outcome(state, start, interruption.name, seconds(), 1, 0)
             # The host runs this many steps ahead: that is all the prefetching the device needs, and since the host
             # does things in order, the data iterator stands exactly at the step being saved. Several collectives under
             # way at once can deadlock on fake CPU devices, so there it waits.
@@ -156,23 +158,28 @@ def train(
             clock = _Clock()
 
             def settle(everything: bool = False) -> None:
+                store.check()
                 for done, values in metrics.ready(everything=everything):
-                    bad = first_non_finite(values)
-                    if bad is not None:
-                        store.wait()
-                        raise TrainingDiverged(done, bad, values[bad], store.latest())
+                    if first_non_finite(values) is not None:
+                        raise TrainingDiverged(done, values, store.kept())
                     if done % max(config.log_every, 1) == 0 or done == config.steps:
                         values |= clock.lap(done)
                         if writer is not None:
                             writer.write(done, values)
                         progress.update(done, values)
 
+            def save() -> None:
+                settle(everything=True)
+                if writer is not None:
+                    writer.flush()
+                store.save(step, state, batches, seconds())
+
             # ---- run
             step, stray = start, 0
             while True:
                 known = compiles.count
                 asked = time.monotonic()
-                batch = _next(batches, step)
+                batch = _next(batches, step, interruption)
                 clock.waited += time.monotonic() - asked
                 state, packed = run_step(state, program.put(batch))
                 step += 1
@@ -186,17 +193,15 @@ def train(
                         if values and writer is not None:
                             writer.write(step, {name: float(value) for name, value in values.items()})
                 if config.save_every and step % config.save_every == 0:
-                    settle(everything=True)
-                    store.save(step, state, batches, seconds())
+                    save()
                 reason = why_stop(step)
                 if reason is not None:
                     break
 
             # ---- end
-            settle(everything=True)
             if int(state.step) != step:
                 raise TypeError(f"the recipe's state says step {int(state.step)} after step {step}")
-            store.save(step, state, batches, seconds())
+            save()
             store.wait()
             return Outcome(state, step, reason, seconds(), 1, stray)
         finally:
@@ -221,20 +226,15 @@ class _Clock:
         return told
 
 
-def _next(batches: Iterator[Batch], step: int) -> Batch:
+def _next(batches: Iterator[Batch], step: int, interruption: Interruption) -> Batch:
     try:
         return next(batches)
     except StopIteration:
         raise UserError(f"the data ended after step {step}; expected a stream without end, so repeat it") from None
-
-
-def _agreed(reason: str | None, step: int) -> str | None:
-    """One decision for all processes, asked for now and then: a process alone cannot stop."""
-    if step % AGREE_EVERY:
-        return None
-    reasons = [None, "seconds", "SIGINT", "SIGTERM"]
-    votes = multihost_utils.process_allgather(np.int32(reasons.index(reason)))
-    return reasons[int(np.max(votes))]
+    except Exception as error:
+        if interruption.name is not None:  # the signal ended the processes that read, too
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _told(mesh: Mesh) -> str:

@@ -12,6 +12,7 @@ import optax
 
 from nd_jax.errors import UserError
 from nd_jax.models.functional import Params
+from nd_jax.training.metrics import NORM_OF
 from nd_jax.training.paths import map_named, named_leaves
 from nd_jax.training.sharding import Rules
 
@@ -76,8 +77,8 @@ class Optimizer:
     def apply(self, grads: Params, opt_state: Any, params: Params) -> tuple[Params, Any, Metrics]:
         """Parameters and optimizer state after one update.
 
-        Metrics: ``grad_norm`` before clipping (and ``grad_norm_LABEL`` when there are several groups) and
-        ``learning_rate`` (peak group).
+        Metrics: ``grad_norm`` before clipping (and ``grad_norm_LABEL`` when there are several groups),
+        ``grad_norm_of/PART`` for every trained top-level part of ``params``, and ``learning_rate`` (peak group).
         """
         updates, new_state = self.transform.update(grads, opt_state, params)
         count = optax.tree_utils.tree_get(opt_state, "count", filtering=_is_schedule_count)
@@ -85,16 +86,19 @@ class Optimizer:
         return optax.apply_updates(params, updates), new_state, metrics
 
     def norms(self, grads: Params) -> Metrics:
-        """Global norm of the trained parameters' gradients, whole and by label."""
+        """Global norm of the trained parameters' gradients: whole, by label, and by top-level part."""
         squares: dict[str, jax.Array] = {}
+        parts: dict[str, jax.Array] = {}
         for path, leaf in named_leaves(grads):
-            label = self.rules.find(path).label
+            label, part = self.rules.find(path).label, path.partition("/")[0]
             if label != FROZEN:
-                squares[label] = squares.get(label, 0.0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-        norms = {"grad_norm": jnp.sqrt(sum(squares.values()))}
+                square = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+                squares[label] = squares.get(label, 0.0) + square
+                parts[part] = parts.get(part, 0.0) + square
+        norms: Metrics = {"grad_norm": jnp.sqrt(sum(squares.values()))}
         if len(squares) > 1:
             norms |= {f"grad_norm_{label}": jnp.sqrt(value) for label, value in sorted(squares.items())}
-        return norms
+        return norms | {NORM_OF: {part: jnp.sqrt(value) for part, value in parts.items()}}
 
 
 def make_optimizer(config: OptimConfig, rules: Rules) -> Optimizer:

@@ -1,0 +1,71 @@
+"""One run, one process: a lock on the run's folder that the operating system drops with the process that holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from nd_jax.errors import UserError
+
+NAME = "run.lock"
+"""Inside a run's folder. It stays there; only the lock on it counts, so no crash leaves a folder locked."""
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of ``folder``, which is made if missing. Of several processes the first locks for all.
+
+    Raises ``UserError`` on every process: naming folder and holder when another run has it, and for a folder that
+    cannot be written.
+    """
+    file, refusal = None, None
+    if jax.process_index() == 0:
+        try:
+            file = _locked(folder / NAME)
+        except UserError as error:
+            refusal = error
+    if jax.process_count() > 1:
+        refused = bool(multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)))
+        if refused and refusal is None:
+            refusal = UserError(f"run folder {folder} was refused to process 0, whose message says why")
+    if refusal is not None:
+        raise refusal
+    try:
+        yield
+    finally:
+        if file is not None:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing would leave it to children that inherited the file
+            file.close()
+
+
+def _locked(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(f"cannot write to run folder {path.parent} ({error.strerror}); choose another") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read(300).strip() or "another process"
+        file.close()
+        raise UserError(
+            f"run folder {path.parent} is in use by {holder}; wait for that run to end, or choose another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot lock run folder {path.parent} ({error.strerror}); choose another") from error
+    return file
