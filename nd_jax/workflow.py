@@ -22,9 +22,9 @@ import tensorflow_datasets as tfds
 from nd_jax.checked_files import read_json
 from nd_jax.converters.component import load_component, save_component
 from nd_jax.data import shapes
-from nd_jax.data.buckets import Size
+from nd_jax.data.buckets import Size, size_name
 from nd_jax.data.captions import caption, plain_caption
-from nd_jax.data.latents import LatentSource, write_latents
+from nd_jax.data.latents import LatentSource, check_finite, write_latents
 from nd_jax.data.pipeline import batches
 from nd_jax.data.tokenizers import train_tokenizers
 from nd_jax.data.videos import bucket_of, check_record, open_split
@@ -61,7 +61,8 @@ def prepare_data(preset: Preset, folder: str | Path, *, clips: int, seed: int = 
     if clips < 1 or seed < 0:
         raise UserError(f"data: {clips} clips from seed {seed}; expected at least one clip and a seed of at least 0")
     record = {"world": preset.world, "clips": clips, "seed": seed}
-    builder = _open(folder, record)
+    with tfds_quiet():
+        builder = shapes.prepare(folder, **_settings(record))
     with new_file(Path(folder) / RECORD, overwrite=True) as part:
         part.write_text(json.dumps(record, indent=2))
     return builder
@@ -73,6 +74,7 @@ def open_data(
     """A split of a prepared dataset by index: ``source[n]`` has video, caption, and labels if shapes were drawn.
 
     Of users' own clips it takes those of ``size`` (height, width), else of size ``prefer``, else of the only size.
+    Drawn shapes have to be of size ``prefer``. Raises UserError naming the file that is missing or damaged.
     """
     record = read_record(folder)
     if "kind" in record:
@@ -80,7 +82,15 @@ def open_data(
             return open_split(folder, record, bucket_of(record, size, prefer=prefer), split)
     if size is not None:
         raise UserError(f"{folder} holds drawn shapes, which have one size; leave --bucket out")
-    return _open(folder, record).as_data_source(split)
+    with tfds_quiet():
+        source = shapes.open_split(folder, split=split, **_settings(record))
+    found = source.features["video"].shape[1:3]
+    if prefer not in (None, found):
+        raise UserError(
+            f"{folder} holds shapes of {size_name(found)} (world {record['world']}), expected {size_name(prefer)}; "
+            "draw the preset's own with nd-jax data prepare"
+        )
+    return source
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -98,10 +108,9 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return record
 
 
-def _open(folder: str | Path, record: dict[str, Any]) -> Any:
-    world, clips = record["world"], record["clips"]
-    with tfds_quiet():
-        return shapes.prepare(folder, world, seed=record["seed"], train=clips, evaluate=min(256, clips))
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    clips = record["clips"]
+    return {"world": record["world"], "seed": record["seed"], "train": clips, "evaluate": min(256, clips)}
 
 
 @contextlib.contextmanager
@@ -223,6 +232,7 @@ def with_statistics(config: Any, latents: np.ndarray, chunk: int = 256) -> Any:
     sums = np.zeros((2, 2, latents.shape[-1]))
     for start in range(0, len(latents), chunk):
         part = np.asarray(latents[start : start + chunk], np.float64)
+        check_finite(part, f"clips {start} to {start + len(part) - 1}")
         for row, frames in enumerate(first_later):
             sums[row] += part[:, frames].sum((0, 1, 2, 3)), np.square(part[:, frames]).sum((0, 1, 2, 3))
     counts = [latents[:, frames, ..., 0].size for frames in first_later]

@@ -76,7 +76,10 @@ def checked_source(
     """
     features, told = builder.info.features, builder.info.splits
     if split not in told:
-        raise UserError(f"data: {builder.data_dir} has no split {split!r}, expected one of {', '.join(told)}")
+        raise UserError(
+            f"data: {builder.data_dir} has no split {split!r}, expected one of {', '.join(told)}; name one of them, or "
+            "prepare the dataset again"
+        )
     limit = record_limit(features)
     shards, size = [], 0
     for instruction in told[split].file_instructions:
@@ -186,10 +189,11 @@ def unpack(data: bytes, shape: tuple[int | None, ...], dtype: Any) -> np.ndarray
     """The array in a zlib stream, never unpacking more than its shape needs. Raises ValueError or zlib.error."""
     size = RECORD_LIMIT if None in shape else math.prod(shape) * np.dtype(dtype).itemsize
     stream = zlib.decompressobj()
-    raw = stream.decompress(data, max(size, 1))
-    rest = stream.decompress(stream.unconsumed_tail, 1)
-    if rest or not stream.eof or stream.unused_data:
-        raise ValueError(f"an array of {len(raw + rest)} bytes or more, expected {size} bytes")
+    raw = stream.decompress(data, size + 1)
+    if len(raw) > size:
+        raise ValueError(f"an array of more than {size} bytes, expected no more")
+    if not stream.eof or stream.unused_data:
+        raise ValueError(f"a compressed array of {len(data)} bytes that ends too early or too late")
     return np.frombuffer(raw, dtype).reshape([-1 if side is None else side for side in shape])
 
 

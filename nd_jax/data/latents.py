@@ -110,7 +110,8 @@ def _open_table(path: Path) -> np.memmap:
         raise UserError(f"latents: {path} is missing, expected a folder of nd-jax data latents; {REMEDY}")
     regular_file(path, "latents: table")
     try:
-        table = np.lib.format.open_memmap(path, "r")
+        with np.errstate(over="ignore"):  # of an absurd shape's size
+            table = np.lib.format.open_memmap(path, "r")
     except Exception as error:  # a header is a Python literal: numpy raises almost anything
         raise UserError(f"latents: {path} cannot be read ({shown(str(error), 200)}); {REMEDY}") from error
     if table.ndim != 5 or table.dtype != np.float32 or not table.size:
