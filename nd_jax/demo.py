@@ -87,8 +87,8 @@ def demo(
     began = time.monotonic()
 
     # ---- data and codec
-    builder = watch("draw the dataset", lambda: workflow.prepare_data(chosen, out / "data", clips=clips, seed=seed))
-    train = builder.as_data_source("train")
+    watch("draw the dataset", lambda: workflow.prepare_data(chosen, out / "data", clips=clips, seed=seed))
+    train = workflow.open_data(out / "data")
     teacher, folder = load_system(preset), load_folder(shipped_folder(preset))
     codec = folder.components[CODEC]
     shapes, real = watch("reconstruct clips", lambda: reconstructions(codec, world, seed))

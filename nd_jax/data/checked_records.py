@@ -25,7 +25,7 @@ from nd_jax.data.record_chunks import record_chunks
 from nd_jax.errors import UserError
 
 READ_LIMIT = 1 << 30
-"""Bytes of records up to which opening a split reads it once (seconds); damage in larger ones is found on the way."""
+"""Bytes of records up to which opening a split reads it once (about 3 s a GiB); later damage is found on the way."""
 RECORD_LIMIT = 1 << 30
 """Bytes of one unpacked record whose features do not say how large they are."""
 TEXT_LIMIT = 1 << 20
