@@ -78,7 +78,7 @@ class Struck:
 
     def __init__(self, folder: Path, log: Path, environment: dict[str, str]):
         self.folder, self.log = folder, log
-        options = [f"--data={MESH.data}", f"--fsdp={MESH.fsdp}", "--save-every=3", "--slow=0.01", "--loud"]
+        options = [f"--data={MESH.data}", f"--fsdp={MESH.fsdp}", "--save-every=3", "--slow=0.02", "--loud"]
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, SCRIPT, "--folder", folder, "--steps", str(STEPS), *options],
@@ -112,8 +112,8 @@ class Struck:
         return self.process.wait(timeout=PATIENCE)
 
 
-def strike(folder: Path, log: Path, environment: dict, kind: signal.Signals, moment: str, rng: random.Random) -> None:
-    """One part of a run, up to its interruption."""
+def strike(folder: Path, log: Path, environment: dict, kind: signal.Signals, moment: str, rng: random.Random) -> int:
+    """One part of a run, up to its interruption. Returns its exit status, 0 if it was too late."""
     run = Struck(folder, log, environment)
     kept = max(steps_in(folder / "checkpoints"), default=0)
     goal = kept + rng.randint(1, 6)
@@ -136,6 +136,7 @@ def strike(folder: Path, log: Path, environment: dict, kind: signal.Signals, mom
     assert newest >= kept
     if kind != signal.SIGKILL and times == 1 and run.step() > kept:
         assert newest == run.step(), "a polite end costs nothing"
+    return status
 
 
 def chain(
@@ -143,8 +144,9 @@ def chain(
 ) -> None:
     """Strikes one after the other, then the end of the run, which is compared with one that nothing interrupted."""
     run = folder / "run"
-    for number, (kind, moment) in enumerate(strikes):
-        strike(run, folder / f"{number}.log", programs, kind, moment, rng)
+    logs = [folder / f"{number}.log" for number in range(len(strikes))]
+    found = [strike(run, log, programs, *each, rng) for log, each in zip(logs, strikes, strict=True)]
+    assert sum(status != 0 for status in found) > len(strikes) / 2
     state, position, rows = finish(run)
     toy.assert_same(state, whole[0])
     assert position == whole[1]

@@ -129,6 +129,8 @@ def command(
     fail: int = 0,
     workers: int = 0,
     loud: bool = False,
+    port: int = 0,
+    index: int = 0,
 ) -> int:
     """The toy as a verb: exit codes and messages are the command line's.
 
@@ -146,7 +148,11 @@ def command(
         fail: step at which a callback raises.
         workers: processes that read the data, in another order than without.
         loud: tell what it does.
+        port: of the first of two processes that train together.
+        index: which of the two this is.
     """
+    if port:
+        jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
 
     def every(step: int, _) -> None:
         time.sleep(600 if step == pause else slow)

@@ -63,6 +63,7 @@ class CheckpointStore:
         self._quiet = ExitStack()
         self._quiet.enter_context(quiet_orbax())
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,9 +77,9 @@ def reason(error: BaseException) -> str:
     while each is not None:
         if isinstance(each, OSError) and each.strerror:
             return each.strerror
-        told = re.search(r"\[OS error \d+: (?:E[A-Z]+ )?([^\]]+)\]", str(each))  # from TensorStore
+        told = re.search(r"\[os_error_code='(\d+)'", str(each))  # by TensorStore
         if told:
-            return told[1]
+            return os.strerror(int(told[1]))
         each = each.__cause__ or each.__context__
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

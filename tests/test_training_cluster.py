@@ -1,0 +1,83 @@
+"""Two processes that train together: one lock, one decision when to stop, checkpoints of both."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import training_toy as toy
+
+from nd_jax.training.checkpoint import read_record
+from nd_jax.training.checkpoint_files import steps_in
+from nd_jax.training.interrupt import AGREE_EVERY
+from nd_jax.training.lock import run_lock
+from nd_jax.training.metrics import read_metrics
+
+pytestmark = pytest.mark.heavy
+SCRIPT = Path(toy.__file__)
+STEPS = 20
+PATIENCE = 300
+
+
+def pair(folder: Path, logs: list[Path], *options: str) -> list[subprocess.Popen]:
+    """Two processes of the toy, two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    started = []
+    for index, log in enumerate(logs):
+        with log.open("a") as out:
+            command = [sys.executable, SCRIPT, "--folder", folder, "--steps", str(STEPS), "--data=2", "--fsdp=2"]
+            command += [f"--port={port}", f"--index={index}", "--loud", *options]
+            started.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=SCRIPT.parent))
+    return started
+
+
+def ends(processes: list[subprocess.Popen], logs: list[Path], code: int) -> None:
+    try:
+        assert [process.wait(timeout=PATIENCE) for process in processes] == [code] * 2, [
+            log.read_text() for log in logs
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def curve(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(folder) if "loss" in row]
+
+
+def test_two_processes_stop_together_resume_and_share_a_lock(tmp_path):
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    ends(pair(whole, logs), logs, 0)
+    assert [step for step, _ in curve(whole)] == list(range(1, STEPS + 1))
+    files = json.loads((whole / "checkpoints" / str(STEPS) / "seal.json").read_text())
+    assert {"data/process_0-of-2.json", "data/process_1-of-2.json"} <= files.keys()
+    assert {checksum for _, checksum in files.values()} == {None}
+
+    processes = pair(run, logs, "--slow=0.2", "--save-every=100")
+    deadline = time.monotonic() + PATIENCE
+    while not ((run / "metrics.jsonl").exists() and curve(run)):
+        assert time.monotonic() < deadline, [log.read_text() for log in logs]
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)  # one of them alone is told
+    ends(processes, logs, 130)
+    stopped = read_record(run)["step"]
+    assert stopped in (AGREE_EVERY, 2 * AGREE_EVERY)
+    assert steps_in(run / "checkpoints") == [stopped]
+    ends(pair(run, logs), logs, 0)
+    assert curve(run) == curve(whole)
+
+    with run_lock(run):
+        ends(pair(run, logs), logs, 2)
+    assert f"in use by process {os.getpid()} on " in logs[0].read_text().splitlines()[-1]
+    assert "was refused to process 0, whose message says why" in logs[1].read_text()
