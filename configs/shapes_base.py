@@ -59,19 +59,21 @@ system = SystemConfig(
 )
 
 
-def flow(steps: int, learning_rate: float, *, schedule: str = "constant", **recipe) -> FlowRun:
-    """A run with frozen text encoders; one that anneals brings the learning rate to nothing."""
+def flow(
+    steps: int, learning_rate: float, *, schedule: str = "constant", ema_decay: float = 0.998, **recipe
+) -> FlowRun:
+    """A run with frozen text encoders."""
     optim = OptimConfig(
         learning_rate=learning_rate,
         schedule=schedule,
-        warmup_steps=100 if schedule == "constant" else 1,
+        warmup_steps=100,
         decay_steps=steps,
         final_fraction=0.02,
         b2=0.95,
         weight_decay=1e-4,
     )
     return FlowRun(
-        recipe=FlowRecipeConfig(train_text=False, optim=optim, **recipe),
+        recipe=FlowRecipeConfig(train_text=False, ema_decay=ema_decay, optim=optim, **recipe),
         loop=LoopConfig(steps=steps, save_every=250, log_every=25),
     )
 
@@ -94,10 +96,8 @@ PRESET = Preset(
             loop=LoopConfig(steps=440, save_every=100, log_every=10),
         ),
         "text": TextRun(recipe=TextRecipeConfig(), loop=LoopConfig(steps=400, save_every=200, log_every=20)),
-        "image": flow(4000, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), units=1, ema_decay=0.998),
-        "teacher": flow(12_000, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), ema_decay=0.999),
-        "anneal": flow(
-            3000, 1.5e-3, schedule="linear", batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), ema_decay=0.998
-        ),
+        "image": flow(2350, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), units=1),
+        "teacher": flow(3000, 1.2e-3, schedule="linear", batch=24, stage_mix=(1, 1, 2), size_mix=(1, 1, 1)),
+        "recovery": flow(250, 5e-4, schedule="linear", batch=24, stage_mix=(1, 1, 2), ema_decay=0.98),
     },
 )

@@ -43,6 +43,8 @@ from nd_jax.weights import shipped_folder
 console = Console(stderr=True)
 REAL_SIZE = (128, 192)
 """Pixels of the real clips that the codec reconstructs."""
+SHARE = 0.26
+"""Of the small teacher's steps, so that it takes two minutes."""
 
 
 class Stopwatch:
@@ -95,8 +97,8 @@ def demo(
     captions = workflow.shapes_captions(train, seed=seed)
     watch("encode the dataset", lambda: workflow.encode_clips(codec, train, captions, out / "latents"))
 
-    def flow(of: Preset, name: str, tokenizers: dict[str, Path], latents: Path, **options: Any):
-        run = scaled(of, name, scale)
+    def flow(of: Preset, name: str, share: float, latents: Path, tokenizers: dict[str, Path], **options: Any):
+        run = scaled(of, name, scale * share)
         outcome, system = workflow.train_flow(
             of, name, run, out / name, latents=latents, codec_folder=codec, tokenizers=tokenizers, **options
         )
@@ -107,7 +109,7 @@ def demo(
     plain = workflow.shapes_captions(train, plain=True)
     write_latents(out / "plain", [LatentSource(out / "latents").latents], plain, overwrite=True)
     fresh = workflow.prepare_tokenizers(small, corpus(seed=seed), out / "data" / "tokenizers")
-    novice = watch("train a teacher from nothing", lambda: flow(small, "teacher", fresh, out / "plain"))
+    novice = watch("train a teacher from nothing", lambda: flow(small, "teacher", SHARE, out / "plain", fresh))
 
     # ---- prune and recover
     asked, _ = world_prompts(world, "train", 8, seed=seed)
@@ -116,7 +118,7 @@ def demo(
     drop = choose_blocks(influence.score, depth // 4)
     pruned, _ = workflow.without_blocks(teacher, drop)
     tokenizers = dict(folder.tokenizers)
-    student = watch("recover", lambda: flow(chosen, "recovery", tokenizers, out / "latents", start=pruned))
+    student = watch("recover", lambda: flow(chosen, "recovery", 1, out / "latents", tokenizers, start=pruned))
 
     # ---- through the torch folder
     again = load_system(save_system(out / "student", student, tokenizers, overwrite=True))

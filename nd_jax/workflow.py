@@ -23,24 +23,27 @@ from nd_jax.checked_files import read_json
 from nd_jax.converters.component import load_component, save_component
 from nd_jax.data import shapes
 from nd_jax.data.buckets import Size, size_name
+from nd_jax.data.caption_source import CaptionSource
 from nd_jax.data.captions import caption, plain_caption
 from nd_jax.data.latents import LatentSource, check_finite, write_latents
 from nd_jax.data.pipeline import batches
 from nd_jax.data.tokenizers import train_tokenizers
 from nd_jax.data.videos import bucket_of, check_record, open_split
 from nd_jax.data.windows import ClipSource, WindowSource
+from nd_jax.data.world import ATTRIBUTES, WORLDS
 from nd_jax.errors import UserError
 from nd_jax.models.causal_vae import definition as codec_definition
 from nd_jax.models.causal_vae import posterior
 from nd_jax.models.functional import Params
-from nd_jax.models.system import CODEC, DENOISER
+from nd_jax.models.system import CODEC, DENOISER, TEXT_PARTS
 from nd_jax.outputs import new_file
 from nd_jax.pixels import from_uint8
 from nd_jax.recipes.codec import CodecRecipe
-from nd_jax.recipes.feeds import Feed
+from nd_jax.recipes.feeds import Feed, MixedFeed
 from nd_jax.recipes.flow_matching import FlowRecipe
-from nd_jax.recipes.preset import CodecRun, FlowRun, Preset, as_settings
+from nd_jax.recipes.preset import CodecRun, FlowRun, Preset, TextRun, as_settings
 from nd_jax.recipes.pruning import remove_blocks
+from nd_jax.recipes.text_attributes import TextAttributesRecipe
 from nd_jax.system import TOKENIZERS, VideoSystem, check_vocabularies, latent_stats, text_tokenizers
 from nd_jax.training.checkpoint import load_tree
 from nd_jax.training.hooks import sharding_hooks
@@ -191,18 +194,21 @@ def encode_clips(
     captions: Sequence[Sequence[str]],
     out: str | Path,
     *,
+    frames: int | None = None,
     batch: int = 16,
     overwrite: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Encode every clip of a source (posterior means) into a latents folder."""
+    """Encode every clip of a source, or its first ``frames`` frames, into a latents folder (posterior means)."""
     config, params = load_component(codec_folder, "video_vae", dtype="fp32")
+    if frames is not None and (frames < 1 or (frames - 1) % config.time_scale):
+        raise UserError(f"latents: {frames} frames do not fit the codec; expected 1 + {config.time_scale}k")
     codec = codec_definition(config)
     encode = jax.jit(lambda params, video: posterior(codec.bind(params).encode(video)).mean)
 
     def latents() -> Iterator[np.ndarray]:
         for start in range(0, len(clips), batch):
-            videos = np.stack([clips[index]["video"] for index in range(start, min(start + batch, len(clips)))])
+            videos = np.stack([clips[index]["video"][:frames] for index in range(start, min(start + batch, len(clips)))])
             missing = batch - len(videos)  # the last batch keeps its shape, so that nothing compiles again
             padded = np.pad(videos, ((0, missing), *((0, 0),) * 4), mode="edge")
             yield np.asarray(encode(params, jnp.asarray(from_uint8(padded))))[: len(videos)]
@@ -242,34 +248,67 @@ def with_statistics(config: Any, latents: np.ndarray, chunk: int = 256) -> Any:
     return dataclasses.replace(config, latents_mean=rows[0], latents_std=rows[1])
 
 
+def train_text(
+    preset: Preset, run: TextRun, out: str | Path, *, tokenizers: dict[str, Path], quiet: bool = False
+) -> Outcome:
+    """Pre-train the preset's text encoders on captions of the shapes worlds; ``load_text`` reads the result."""
+    video = preset.video
+    recipe = TextAttributesRecipe(
+        preset.system,
+        run.recipe,
+        values=[len(values) for values in ATTRIBUTES.values()],
+        places=max(world.objects for world in WORLDS.values()),
+        text_length=video.text_length,
+        clip_length=video.clip_length,
+    )
+    readers = text_tokenizers(tokenizers, video)
+    check_vocabularies(readers, preset.system)
+    worlds = {world.objects: world for world in WORLDS.values()}  # captions know the number of objects only
+    recipe_config = run.recipe
+    source = CaptionSource(
+        list(worlds.values()), recipe_config.captions, seed=run.loop.seed, loose=recipe_config.loose
+    )
+    stream = _stream(source, run.recipe.batch, run.loop.seed, keys=("labels",), tokenizers=readers)
+    return _train(preset, "text", recipe, Feed(stream, recipe.batch_spec()), run, out, quiet=quiet)
+
+
+def load_text(run: str | Path) -> dict[str, Params]:
+    """The averaged parameters of the text encoders that ``train_text`` left in a run's folder."""
+    return {name: params for name, params in load_tree(Path(run)).items() if name in TEXT_PARTS}
+
+
 def train_flow(
     preset: Preset,
     name: str,
     run: FlowRun,
     out: str | Path,
     *,
-    latents: str | Path,
+    latents: str | Path | Sequence[str | Path],
     codec_folder: str | Path,
     tokenizers: dict[str, Path],
     start: VideoSystem | None = None,
+    text: dict[str, Params] | None = None,
     quiet: bool = False,
 ) -> tuple[Outcome, VideoSystem | None]:
-    """Flow matching on a latents folder, from scratch or from ``start`` (e.g. a pruned system).
+    """Flow matching on one or more latents folders (one for each share of the recipe's ``size_mix``).
 
+    Begins with ``start`` (e.g. a pruned system), with text encoders ``text``, or from scratch.
     Returns how it ended and, if it was not interrupted, the system with averaged (EMA) parameters and the codec.
     """
-    video = preset.video
-    source = LatentSource(latents, dropout=run.recipe.caption_dropout)
+    video, units = preset.video, run.recipe.units
+    folders = [latents] if isinstance(latents, str | Path) else list(latents)
+    sources = [LatentSource(folder, dropout=run.recipe.caption_dropout, units=units) for folder in folders]
     codec_config, codec_params = load_component(codec_folder, "video_vae", dtype="fp32")
     if codec_config.latents_mean is None:
-        codec_config = with_statistics(codec_config, source.latents)
+        whole = LatentSource(folders[0])
+        codec_config = with_statistics(codec_config, whole.latents)
     base = preset.system if start is None else start.config
     config = dataclasses.replace(base, causal_video_vae=codec_config)
-    units, height, width = source.latents.shape[1:4]
-    if (units, height, width) != preset.latent_size:
+    sizes = [source.latents.shape[1:4] for source in sources]
+    told = ["x".join(map(str, size)) for size in (*sizes, preset.latent_size)]
+    if max(sizes)[0] != (units or preset.latent_size[0]) or sizes[0][1:] != preset.latent_size[1:]:
         raise UserError(
-            f"{latents} holds latents of {units}x{height}x{width}, preset {preset.name} is for "
-            f"{'x'.join(map(str, preset.latent_size))}; encode clips of its size"
+            f"{folders[0]} holds latents of {told[0]}, preset {preset.name} is for {told[-1]}; encode clips of its size"
         )
     mesh = make_mesh(run.loop.mesh)
     recipe = FlowRecipe(
@@ -277,19 +316,28 @@ def train_flow(
         run.recipe,
         schedule=preset.schedule,
         stats=latent_stats(codec_config),
-        units=units,
-        height=height,
-        width=width,
+        sizes=sizes,
         text_length=video.text_length,
         clip_length=video.clip_length,
         hooks=sharding_hooks(mesh),
     )
     readers = text_tokenizers(tokenizers, video)
     check_vocabularies(readers, config)
-    stream = _stream(source, run.recipe.batch, run.loop.seed, keys=("latents",), tokenizers=readers)
-    given = () if start is None else ({k: v for k, v in start.params.items() if k != CODEC},)
-    feed = Feed(stream, recipe.batch_spec())
-    outcome = _train(preset, name, recipe, feed, run, out, mesh=mesh, given=given, quiet=quiet)
+    columns = [recipe.column_sizes.count(index) for index in range(len(sizes))]
+    streams = [
+        _stream(
+            source,
+            run.recipe.batch * count // len(recipe.columns),
+            run.loop.seed + index,
+            keys=("latents",),
+            tokenizers=readers,
+        )
+        for index, (source, count) in enumerate(zip(sources, columns, strict=True))
+    ]
+    spec = recipe.batch_spec()
+    feed = MixedFeed(streams, columns, spec) if len(streams) > 1 else Feed(streams[0], spec)
+    given = text or {} if start is None else {k: v for k, v in start.params.items() if k != CODEC}
+    outcome = _train(preset, name, recipe, feed, run, out, mesh=mesh, given=(given,), quiet=quiet)
     if not outcome.finished:
         return outcome, None
     params: dict[str, Params] = {**load_tree(Path(out)), CODEC: codec_params}

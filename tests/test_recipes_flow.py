@@ -41,8 +41,7 @@ def recipe(mesh: Mesh | None = None, **changes) -> FlowRecipe:
         dataclasses.replace(CONFIG, **changes),
         schedule=SCHEDULE,
         stats=STATS,
-        units=UNITS,
-        sizes=[(HEIGHT, WIDTH)],
+        sizes=[(UNITS, HEIGHT, WIDTH)],
         text_length=tiny_system.TEXT_LENGTH,
         clip_length=tiny_system.TEXT_LENGTH,
         hooks=None if mesh is None else sharding_hooks(mesh, Rules(minimum=0)),
@@ -328,8 +327,8 @@ def test_latents_that_cannot_be_used(encoded, tmp_path):
 
 def test_sizes_trained_together_are_those_trained_apart():
     """The joint loss of two sizes is the mean of their own, weighted by columns, with the same rows and draws."""
-    sizes = [(HEIGHT, WIDTH), (HEIGHT, HEIGHT)]
-    shared = {"schedule": SCHEDULE, "stats": STATS, "units": UNITS}
+    sizes = [(UNITS, HEIGHT, WIDTH), (UNITS - 1, HEIGHT, HEIGHT)]
+    shared = {"schedule": SCHEDULE, "stats": STATS}
     shared |= {"text_length": tiny_system.TEXT_LENGTH, "clip_length": tiny_system.TEXT_LENGTH}
     joint_config = dataclasses.replace(CONFIG, batch=6, size_mix=(2, 1))
     joint = FlowRecipe(tiny_system.CONFIG, joint_config, sizes=sizes, **shared)
@@ -339,7 +338,7 @@ def test_sizes_trained_together_are_those_trained_apart():
     batch = make_batch(6)
     del batch["latents"]
     for index, (size, count) in enumerate(zip(sizes, (4, 2), strict=True)):
-        batch[f"latents_{index}"] = rng.standard_normal((count, UNITS, *size, CHANNELS), np.float32)
+        batch[f"latents_{index}"] = rng.standard_normal((count, *size, CHANNELS), np.float32)
     assert {name: x.shape for name, x in batch.items()} == {n: s.shape for n, s in joint.batch_spec().items()}
     draws = jax.device_get(joint.draws(jax.random.key(1)))
     params, losses = given(), []
@@ -363,9 +362,7 @@ def test_first_frames_alone_train_as_images():
     assert all(envelope.clips == ((1, *envelope.size(envelope.stage)),) for envelope in made.envelopes)
     assert made.batch_spec()["latents"].shape == (4, 1, HEIGHT, WIDTH, CHANNELS)
     assert not np.asarray(made.draws(jax.random.key(0))["unit"]).any()
-    with pytest.raises(UserError, match=r"units is 4, the videos have 3"):
-        recipe(units=4)
-    with pytest.raises(UserError, match=r"size mix \(1, 1\) for latents of 4x8; expected a share"):
+    with pytest.raises(UserError, match=r"size mix \(1, 1\) for latents of 3x4x8; expected a share"):
         recipe(size_mix=(1, 1))
 
 

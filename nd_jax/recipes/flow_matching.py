@@ -67,7 +67,7 @@ class FlowRecipeConfig:
 class FlowRecipe:
     """The flow-matching recipe for the loop.
 
-    ``sizes`` are the latent heights and widths that are trained together, with shares ``size_mix``.
+    ``sizes`` are the latent frames, heights and widths that are trained together, with shares ``size_mix``.
     Batches: ``latents`` float32 [N, U, h, w, C] as the codec gives them (with several sizes: ``latents_0`` [N_0, ...],
     ``latents_1``, ...), and the prompts' ids, ``t5_ids``/``t5_mask`` [N, S], ``clip_ids``, ``clip_2_ids`` [N, S2],
     int32. Row n trains the stage of column ``n % G``; the first G_0 columns belong to size 0, and so on.
@@ -81,19 +81,17 @@ class FlowRecipe:
         *,
         schedule: Schedule,
         stats: LatentStats,
-        units: int,
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[tuple[int, int, int]],
         text_length: int,
         clip_length: int,
         hooks: ShardingHooks | None = None,
         table: tuple[Rule, ...] = DEFAULT_TABLE,
     ):
         self.system, self.config, self.schedule, self.stats = system, config, schedule, stats
-        self.units, self.sizes = units if config.units is None else config.units, tuple(sizes)
-        if not 1 <= self.units <= units:
-            raise UserError(f"flow matching: units is {self.units}, the videos have {units} latent frames")
+        most = config.units or max(units for units, _, _ in sizes)
+        self.sizes = tuple((min(units, most), height, width) for units, height, width in sizes)
         if len(config.size_mix) != len(self.sizes) or min(config.size_mix) < 1:
-            told = ", ".join(f"{h}x{w}" for h, w in self.sizes)
+            told = ", ".join("x".join(map(str, size)) for size in self.sizes)
             raise UserError(
                 f"flow matching: size mix {config.size_mix} for latents of {told}; expected a share of at least 1 each"
             )
@@ -122,8 +120,8 @@ class FlowRecipe:
         self.optimizer = make_optimizer(config.optim, self.rules)
         patch = system.diffusion_transformer.patch_size
         of_size = [
-            envelopes(self.units - 1, text_length, height, width, patch_size=patch, stages=schedule.stages)
-            for height, width in self.sizes
+            envelopes(units - 1, text_length, height, width, patch_size=patch, stages=schedule.stages)
+            for units, height, width in self.sizes
         ]
         self.envelopes = [
             of_size[size][stage] for size, stage in zip(self.column_sizes, self.columns, strict=True)
@@ -140,8 +138,7 @@ class FlowRecipe:
         n, (text, clip) = self.config.batch, self.lengths
         rows, channels = n // len(self.columns), self.system.diffusion_transformer.in_channels
         shapes = [
-            (rows * self.column_sizes.count(index), self.units, *size, channels)
-            for index, size in enumerate(self.sizes)
+            (rows * self.column_sizes.count(index), *size, channels) for index, size in enumerate(self.sizes)
         ]
         latents = {
             name: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -166,10 +163,11 @@ class FlowRecipe:
         rows, stages = self.config.batch // groups, self.schedule.stages
         uniform_key, normal_key = jax.random.split(key)
         for_units, uniform, corrupt = jnp.moveaxis(jax.random.uniform(uniform_key, (rows, groups, 3)), -1, 0)
-        unit = jnp.floor(for_units * self.units).astype(jnp.int32)
         if self.config.balanced:
             is_top = jnp.array([stage == stages - 1 for stage in self.columns])
-            unit = jnp.where(is_top, unit[:, :1], self.units - 1 - unit[:, :1])
+            for_units = jnp.where(is_top, for_units[:, :1], 1 - for_units[:, :1])
+        units = jnp.array([self.sizes[size][0] for size in self.column_sizes])
+        unit = jnp.minimum(jnp.floor(for_units * units), units - 1).astype(jnp.int32)
         # All normal numbers come from one call: each further one costs a second of compile time on a CPU.
         shapes = [(1, envelope.height, envelope.width, channels) for envelope in self.envelopes]
         shapes += [shape[1:] for envelope in self.envelopes for shape in history_noise_shapes(envelope, rows, channels)]
