@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -195,3 +196,14 @@ def test_vocabularies_that_cannot_be_are_refused(tmp_path):
         train_clip_tokenizer(["a"], tmp_path, vocab_size=300)
     with pytest.raises(UserError, match="does not fit"):
         train_tokenizers(tmp_path, ["a red ball"], t5_vocab=20)
+
+
+def test_threads_may_share_a_tokenizer(root):
+    """Texts that fit and texts that are cut, from two threads at once: the library keeps its lengths as state."""
+    tokenizer = TextTokenizer.from_folder(root / "tokenizer_3", max_length=6)
+    short, long = ["a ball"] * 8, ["a small red ball moves up and left over a black background"] * 8
+    expected = [tokenizer(texts).ids for texts in (short, long)]
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda n: tokenizer((short, long)[n % 2]).ids, range(200)))
+    for n, ids in enumerate(made):
+        np.testing.assert_array_equal(ids, expected[n % 2])

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import string
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -187,6 +188,7 @@ class TextTokenizer:
         self.kind = kind  # "t5" or "clip"
         self.max_length = max_length
         self.folder = folder
+        self._one_at_a_time = threading.Lock()  # padding and truncation are state of the library's tokenizer
 
     def __reduce__(self):  # data workers load the folder again: the library's CLIP tokenizer cannot be copied
         return functools.partial(TextTokenizer.from_folder, max_length=self.max_length), (self.folder,)
@@ -237,17 +239,18 @@ class TextTokenizer:
         mask = np.zeros_like(ids)
         if not texts:
             return Tokens(ids, mask, [])
-        encoded = self._tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=self.max_length,
-            return_attention_mask=True,
-            return_offsets_mapping=True,
-        )
-        ids[:], mask[:] = encoded["input_ids"], encoded["attention_mask"]
-        full = mask.all(axis=1)
-        warnings = [self._lost(texts[row]) for row in np.flatnonzero(full)]
+        with self._one_at_a_time:
+            encoded = self._tokenizer(
+                texts,
+                padding="max_length",
+                truncation=True,
+                max_length=self.max_length,
+                return_attention_mask=True,
+                return_offsets_mapping=True,
+            )
+            ids[:], mask[:] = encoded["input_ids"], encoded["attention_mask"]
+            full = mask.all(axis=1)
+            warnings = [self._lost(texts[row]) for row in np.flatnonzero(full)]
         return Tokens(ids, mask, [warning for warning in warnings if warning])
 
     def _lost(self, text: str) -> str:
