@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-
 import tiny_system
+
 from nd_jax.data.caption_source import ABSENT, CaptionSource
 from nd_jax.data.captions import corpus
 from nd_jax.data.pipeline import batches
@@ -75,9 +75,7 @@ def test_encoders_learn_to_name_attributes(tmp_path):
     )
     folders = {name: tmp_path / "tokenizers" / name for name in TOKENIZERS.values()}
     preset = load_preset("shapes_base")
-    video = dataclasses.replace(
-        preset.video, text_length=tiny_system.TEXT_LENGTH, clip_length=tiny_system.TEXT_LENGTH
-    )
+    video = dataclasses.replace(preset.video, text_length=tiny_system.TEXT_LENGTH, clip_length=tiny_system.TEXT_LENGTH)
     made = recipe()
     source = CaptionSource(WORLDS, CONFIG.captions)
     stream = batches(source, CONFIG.batch, keys=("labels",), tokenizers=text_tokenizers(folders, video))

@@ -137,7 +137,12 @@ def caption(labels: Int[np.ndarray, "objects 5"], rng: np.random.Generator, *, h
     return fill(pick(templates(len(labels), held_out=held_out)), labels, pick)
 
 
-OBJECTS = ("{size} {colour} {shape}", "{colour} {size} {shape}", "{shape}, {size} and {colour}", "{size} {shape} in {colour}")
+OBJECTS = (
+    "{size} {colour} {shape}",
+    "{colour} {size} {shape}",
+    "{shape}, {size} and {colour}",
+    "{size} {shape} in {colour}",
+)
 MOVES = ("{moving}", "{moves}", "that {moves}", "it {moves}")
 GROUNDS = ("{background}", "on {background}", "over {background}", "{background} background", "behind it {background}")
 PLACES = ("{place}: {what}", "on the {place} {what}", "{what} on the {place}", "{what} at the {place} side")
