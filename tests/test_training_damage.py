@@ -236,6 +236,7 @@ def test_a_read_only_disk(small_disk, train):
     assert f"cannot write to run folder {folder / 'run'} (Read-only file system)" in train(folder / "run")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_costs_nothing_but_the_steps_since(whole, small_disk, train):
     """Every write reaches the disk itself; with more space the run goes on as if nothing had happened."""
     folder, mount = small_disk

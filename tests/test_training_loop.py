@@ -117,6 +117,21 @@ def test_restoring_onto_another_mesh_is_exact(whole, mesh):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), name
 
 
+def test_from_mesh_to_mesh_and_back_nothing_changes(whole, tmp_path):
+    """Restored on one device, saved there, restored on eight."""
+    expected, position, folder, _ = whole
+    stream = toy.batches()
+    with CheckpointStore(folder, {"preset": "toy"}) as store:
+        state, _ = store.restore(Program(toy.Toy(), ONE, jax.random.key(1)).state, stream)
+    with CheckpointStore(tmp_path, {"preset": "toy"}) as store:
+        store.save(STEPS, state, stream)
+    stream = toy.batches()
+    with CheckpointStore(tmp_path, {"preset": "toy"}) as store:
+        state, _ = store.restore(Program(toy.Toy(), SHARDED, jax.random.key(2)).state, stream)
+    assert_same(numbers(state), expected)
+    assert stream.get_state() == position
+
+
 def test_one_part_of_a_state_can_be_read_alone(whole):
     expected, _, folder, _ = whole
     ema = load_tree(folder)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,16 +127,25 @@ def _told(form: tuple[tuple[int, ...], str] | None) -> str:
 
 @contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Orbax logs its errors with tracebacks and raises them too; here the exceptions are told, once."""
+    """Keeps standard error for us: Orbax logs its errors with tracebacks, and raises them too.
+
+    And where one array cannot be read or written, those still under way find their event loop closed and complain.
+    """
 
     def foreign(record: logging.LogRecord) -> bool:
         return "/orbax/" not in record.pathname
 
-    logger = logging.getLogger("absl")
+    def hook(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    logger, before = logging.getLogger("absl"), sys.unraisablehook
     logger.addFilter(foreign)
+    sys.unraisablehook = hook
     try:
         yield
     finally:
+        sys.unraisablehook = before
         logger.removeFilter(foreign)
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import jax
 import numpy as np
@@ -45,27 +44,28 @@ def run_lock(folder: Path) -> Iterator[None]:
     finally:
         if file is not None:
             fcntl.flock(file, fcntl.LOCK_UN)  # closing would leave it to children that inherited the file
-            file.close()
+            os.close(file)
 
 
-def _locked(path: Path) -> TextIO:
+def _locked(path: Path) -> int:
+    """Descriptor of the lock's file, open and locked; other processes read in it who holds the lock."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise UserError(f"cannot write to run folder {path.parent} ({error.strerror}); choose another") from error
+    told = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
+        os.ftruncate(file, 0)
+        os.write(file, told.encode())
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read(300).strip() or "another process"
-        file.close()
+        holder = os.pread(file, 300, 0).decode(errors="replace").strip() or "another process"
+        os.close(file)
         raise UserError(
             f"run folder {path.parent} is in use by {holder}; wait for that run to end, or choose another folder"
         ) from None
     except OSError as error:
+        os.close(file)
         raise UserError(f"cannot lock run folder {path.parent} ({error.strerror}); choose another") from error
     return file
