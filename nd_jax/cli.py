@@ -23,7 +23,9 @@ from nd_jax.errors import UserError
 VERBS = {
     "demo": "nd_jax.demo:demo",
     "data prepare": "nd_jax.commands.data:data_prepare",
+    "data videos": "nd_jax.commands.videos:data_videos",
     "data latents": "nd_jax.commands.data:data_latents",
+    "data reconstruct": "nd_jax.commands.videos:data_reconstruct",
     "train": "nd_jax.commands.train:train",
     "prune importance": "nd_jax.commands.prune:prune_importance",
     "prune apply": "nd_jax.commands.prune:prune_apply",
@@ -37,7 +39,9 @@ VERBS = {
 SUMMARIES = {
     "demo": "the whole chain, small, on this machine, ending in report.html",
     "data prepare": "draw the shapes dataset",
+    "data videos": "make a dataset of your own captioned clips",
     "data latents": "encode a dataset with a codec, once",
+    "data reconstruct": "PSNR and SSIM of a codec on held-out clips",
     "train": "run one recipe of a preset",
     "prune importance": "block influence of a checkpoint's denoiser",
     "prune apply": "remove blocks from a checkpoint's denoiser",

@@ -32,8 +32,8 @@ def check_at_least(least: int, **options: int) -> None:
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing elsewhere. Yields what takes (done, total)."""
+def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, nothing elsewhere. Yields what takes (done, total), and a new title if there is one."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, now=title: bar.update(task, completed=done, total=total, description=now)

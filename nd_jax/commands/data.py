@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from nd_jax.commands.console import check_at_least, console, progress_bar, say
+from nd_jax.commands.console import check_at_least, console, progress_bar, say, warn
 from nd_jax.outputs import check_new, new_folder
 
 
@@ -36,24 +36,40 @@ def data_prepare(preset: Positional[str], out: Path, clips: int = 2048, seed: in
 
 
 def data_latents(
-    data: Path, codec: Path, out: Path, seed: int = 0, plain: bool = False, overwrite: bool = False
+    data: Path,
+    codec: Path,
+    out: Path,
+    bucket: str | None = None,
+    seed: int = 0,
+    plain: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Encode a prepared dataset with a trained codec, once.
 
     Args:
-        data: folder of `nd-jax data prepare`.
+        data: folder of `nd-jax data prepare` or `nd-jax data videos`.
         codec: component folder of a codec, such as RUN/codec.
         out: folder for the latents and their captions.
-        seed: of the captions.
+        bucket: size HEIGHTxWIDTH of your own clips, if the dataset has several.
+        seed: of the captions of drawn shapes.
         plain: word all captions alike, as shapes_tiny does in the demonstration.
         overwrite: replace an existing folder.
     """
     check_at_least(0, seed=seed)
     check_new(out, overwrite=overwrite)
+    from nd_jax.data.buckets import parse_size
+    from nd_jax.video_folders import encode_batch, folder_captions, has_changed, is_own_clips
     from nd_jax.workflow import encode_clips, open_data, shapes_captions
 
-    clips = open_data(data)
-    captions = shapes_captions(clips, seed=seed, plain=plain)
+    size = None if bucket is None else parse_size(bucket)
+    clips = open_data(data, size=size)
+    if is_own_clips(data):
+        captions = folder_captions(clips)
+        if has_changed(data):
+            warn(f"the clips that {data} was made from have changed since; nd-jax data videos makes it anew")
+    else:
+        captions = shapes_captions(clips, seed=seed, plain=plain)
     with progress_bar("encoding clips", len(clips)) as progress:
-        encode_clips(codec, clips, captions, out, overwrite=overwrite, progress=progress)
+        batch = encode_batch(clips)
+        encode_clips(codec, clips, captions, out, batch=batch, overwrite=overwrite, progress=progress)
     print(out)

@@ -25,7 +25,9 @@ class CodecOptions:
     """Folder for checkpoints, metrics and the result, out/codec."""
     settings: Annotated[CodecRun, arg(name="")]
     data: Path | None = None
-    """Folder of `nd-jax data prepare`."""
+    """Folder of `nd-jax data prepare` or `nd-jax data videos`."""
+    bucket: str | None = None
+    """Size HEIGHTxWIDTH of your own clips, if the dataset has several and none is the preset's."""
     videos: tuple[Path, ...] = ()
     """Video files to train on, instead."""
 
@@ -40,7 +42,7 @@ class FlowOptions:
     latents: Path
     """Folder of `nd-jax data latents`."""
     data: Path | None = None
-    """Folder of `nd-jax data prepare`, for its tokenizers; not needed with --start."""
+    """Folder of `nd-jax data prepare` or `videos`, for tokenizers and size; not needed with --start."""
     codec: Path | None = None
     """The codec's component folder; not needed with --start."""
     start: Path | None = None
@@ -63,8 +65,11 @@ def _train_codec(preset: Preset, run: str, options: CodecOptions) -> tuple[Any, 
     if bool(options.videos) == (options.data is not None):
         raise UserError(f"train {preset.name} {run}: expected either --data FOLDER or --videos FILE ...")
     from nd_jax import workflow
+    from nd_jax.data.buckets import parse_size
 
-    clips = None if options.data is None else workflow.open_data(options.data)
+    size = None if options.bucket is None else parse_size(options.bucket)
+    usual = (preset.video.height, preset.video.width)
+    clips = None if options.data is None else workflow.open_data(options.data, size=size, prefer=usual)
     outcome = workflow.train_codec(preset, options.settings, options.out, clips=clips, videos=options.videos)
     return outcome, options.out / "codec"
 
@@ -78,6 +83,7 @@ def _train_flow(preset: Preset, run: str, options: FlowOptions) -> tuple[Any, Pa
     from nd_jax.converters.folders import load_folder
     from nd_jax.models.system import CODEC
     from nd_jax.system import TOKENIZERS, load_system, save_system
+    from nd_jax.video_folders import is_own_clips, sized
 
     if options.start is None:
         start, tokenizers = None, {name: options.data / "tokenizers" / name for name in TOKENIZERS.values()}
@@ -85,6 +91,8 @@ def _train_flow(preset: Preset, run: str, options: FlowOptions) -> tuple[Any, Pa
         start, folder = load_system(options.start), load_folder(options.start)
         tokenizers = dict(folder.tokenizers)
     codec = options.codec or folder.components[CODEC]
+    if options.data is not None and is_own_clips(options.data):
+        preset = sized(preset, options.latents)
     outcome, system = workflow.train_flow(
         preset,
         run,

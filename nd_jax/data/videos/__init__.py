@@ -9,13 +9,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-
 from nd_jax.data.buckets import Size, size_name
+from nd_jax.data.checked_records import CheckedSource, checked_source, open_builder
 from nd_jax.data.folder_listing import listing_of
 from nd_jax.data.video_folder import SPLITS, Survey
 from nd_jax.data.videos.videos_dataset_builder import Builder, VideosConfig
@@ -112,12 +111,16 @@ def bucket_of(record: Mapping[str, Any], size: Size | None, *, prefer: Size | No
     return next(iter(by_size.values()))
 
 
-def open_split(
-    data_dir: str | Path, record: Mapping[str, Any], bucket: Mapping[str, Any], split: str, *, pixels: bool = True
-) -> Sequence[dict[str, Any]]:
-    """A bucket's split by index; without ``pixels``, ``video`` is left undecoded. Raises UserError for an empty one."""
-    if not bucket["windows"].get(split):
-        raise UserError(f"{data_dir}: no {split} clips of {size_name(tuple(bucket['size']))} in this dataset")
-    config = VideosConfig(name=bucket["config"], size=tuple(bucket["size"]), frames=record["frames"])
-    builder = Builder(config=config, data_dir=str(data_dir))
-    return builder.as_data_source(split, decoders=None if pixels else {"video": tfds.decode.SkipDecoding()})
+def open_split(data_dir: str | Path, record: Mapping[str, Any], bucket: Mapping[str, Any], split: str) -> CheckedSource:
+    """A bucket's split by index, once it was found whole.
+
+    Raises UserError for an empty split, and naming what is missing or damaged.
+    """
+    size, count = tuple(bucket["size"]), bucket["windows"].get(split)
+    if not count:
+        raise UserError(f"{data_dir}: no {split} clips of {size_name(size)} in this dataset")
+    config = VideosConfig(name=bucket["config"], size=size, frames=record["frames"])
+    source = checked_source(open_builder(Builder, data_dir, config), split)
+    if len(source) != count:
+        raise UserError(f"data: {data_dir} holds {len(source)} {split} windows, expected {count}; prepare it again")
+    return source
