@@ -3,7 +3,8 @@
 Learning rate, Adam's betas, weight decay, warm-up, clipping, stage mix, history corruption and caption dropout of the
 teacher are Pyramid-Flow's published ones; the paper says of recovery only that its first stage converges in about 300
 steps. Batch sizes and everything else about recovery are ours.
-Command: nd-jax train neodragon_320p recovery --start PRUNED --latents LATENTS --out RUN
+Commands: nd-jax train neodragon_320p decoder --codec NATIVE --data DATA --lpips vgg.safetensors --out RUN
+          nd-jax train neodragon_320p recovery --start PRUNED --latents LATENTS --out RUN
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.system import SystemConfig
 from nd_jax.models.t5 import T5Config
 from nd_jax.pyramid.sampler import MONOLITHIC
+from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
-from nd_jax.recipes.preset import FlowRun, Preset, VideoConfig
+from nd_jax.recipes.preset import DecoderRun, FlowRun, Preset, VideoConfig
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.optim import OptimConfig
 
@@ -33,6 +35,21 @@ recipe = FlowRecipeConfig(
     optim=published,
 )
 
+decoder = DecoderRun(
+    # Published: frozen encoder, no KL, these channels, time doubled at every level, MSE + LPIPS, about 350 000 videos.
+    DecoderRecipeConfig(
+        channels=(256, 128, 64, 64),
+        time_growth=(True, True, True),
+        batch=64,  # and everything below: ours
+        frames=17,
+        perceptual_frames=4,
+        dtype="bfloat16",
+        ema_decay=0.999,
+        optim=OptimConfig(learning_rate=2e-4, warmup_steps=500, decay_steps=20_000, b2=0.95, weight_decay=1e-4),
+    ),
+    LoopConfig(steps=20_000, save_every=500, log_every=10),
+)
+
 PRESET = Preset(
     name="neodragon_320p",
     system=SystemConfig(
@@ -46,6 +63,7 @@ PRESET = Preset(
     video=VideoConfig(),
     sampling=MONOLITHIC,
     runs={
+        "decoder": decoder,
         "teacher": FlowRun(recipe, LoopConfig(steps=100_000, save_every=1000, log_every=10)),
         "recovery": FlowRun(
             dataclasses.replace(recipe, optim=dataclasses.replace(published, learning_rate=5e-5, warmup_steps=50)),

@@ -9,8 +9,9 @@ from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.system import SystemConfig
 from nd_jax.models.t5 import T5Config
 from nd_jax.recipes.codec import CodecRecipeConfig
+from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
-from nd_jax.recipes.preset import CodecRun, FlowRun, Preset, SamplingConfig, TextRun, VideoConfig
+from nd_jax.recipes.preset import CodecRun, DecoderRun, FlowRun, Preset, SamplingConfig, TextRun, VideoConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.optim import OptimConfig
@@ -94,6 +95,15 @@ PRESET = Preset(
                 optim=OptimConfig(learning_rate=2e-4, warmup_steps=50, decay_steps=440, b2=0.98, weight_decay=1e-5),
             ),
             loop=LoopConfig(steps=440, save_every=100, log_every=10),
+        ),
+        "decoder": DecoderRun(
+            recipe=DecoderRecipeConfig(
+                batch=4,
+                frames=17,
+                channels=(28, 22, 16, 12),  # 182 209 parameters, a fifth of the native decoder's
+                optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, decay_steps=1500, b2=0.98, weight_decay=1e-5),
+            ),
+            loop=LoopConfig(steps=1500, save_every=250, log_every=10),
         ),
         "text": TextRun(recipe=TextRecipeConfig(), loop=LoopConfig(steps=400, save_every=200, log_every=20)),
         "image": flow(2350, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), units=1),

@@ -5,6 +5,8 @@ Video is [B, T, H, W, 3] in [-1, 1] with T = 1 + 8k; latents are [B, 1 + k, H/8,
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -32,15 +34,21 @@ Frames = tuple[Array, ...]
 """What a chunk hands to the next one: remembered frames, one array per layer with memory."""
 
 
-class VideoVAE(nnx.Module):
-    """Encoder, decoder and the 1x1x1 convolutions on both sides of the latent."""
+Half = Literal["encoder", "decoder"]
 
-    def __init__(self, config: CodecConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+
+class VideoVAE(nnx.Module):
+    """Encoder, decoder and the 1x1x1 convolutions on both sides of the latent; or one ``half`` of that."""
+
+    def __init__(self, config: CodecConfig, *, half: Half | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         kw = {"dtype": dtype, "rngs": rngs}
         latent = config.encoder_out_channels
-        self.encoder = CausalEncoder(config, **kw)
-        self.quant_conv = CausalConv(2 * latent, 2 * latent, 1, **kw)
+        if half != "decoder":
+            self.encoder = CausalEncoder(config, **kw)
+            self.quant_conv = CausalConv(2 * latent, 2 * latent, 1, **kw)
+        if half == "encoder":
+            return
         native = isinstance(config, NativeVAEConfig)
         self.decoder = NativeDecoder(config, **kw) if native else TAEHVDecoder(config, **kw)
         has_post = not native or config.add_post_quant_conv
@@ -133,9 +141,12 @@ class VideoVAE(nnx.Module):
             raise UserError(f"encode: frames are {h}x{w}, expected multiples of {space}; the nearest size is {near}")
 
 
-def definition(config: AsymmetricVAEConfig | NativeVAEConfig, *, dtype=jnp.float32) -> Definition:
+def definition(
+    config: AsymmetricVAEConfig | NativeVAEConfig, *, half: Half | None = None, dtype=jnp.float32
+) -> Definition:
     """The codec as structure plus dict of arrays; ``dtype`` is that of convolutions and matrix products.
 
+    ``half`` leaves the other half's parameters out: the two halves' dicts together are the codec's.
     Use ``definition(config).bind(params).encode(video)`` inside a traced function.
     """
-    return Definition(lambda rngs: VideoVAE(config, dtype=dtype, rngs=rngs))
+    return Definition(lambda rngs: VideoVAE(config, half=half, dtype=dtype, rngs=rngs))

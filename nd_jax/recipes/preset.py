@@ -14,6 +14,7 @@ from nd_jax.models.system import SystemConfig
 from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.recipes.codec import CodecRecipeConfig
+from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
 from nd_jax.training.loop import LoopConfig
@@ -48,6 +49,14 @@ class CodecRun:
 
 
 @dataclass(frozen=True)
+class DecoderRun:
+    """A run that distils a smaller decoder for a codec's latents: recipe and loop."""
+
+    recipe: DecoderRecipeConfig = field(default_factory=DecoderRecipeConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
 class TextRun:
     """A pre-training run of the text encoders: recipe and loop."""
 
@@ -71,7 +80,7 @@ class Preset:
     system: SystemConfig
     video: VideoConfig
     sampling: SamplePlan
-    runs: Mapping[str, CodecRun | TextRun | FlowRun]
+    runs: Mapping[str, CodecRun | DecoderRun | TextRun | FlowRun]
     schedule: Schedule = field(default_factory=Schedule)
     world: str | None = None
     """The shapes world it trains on, if any."""
@@ -87,7 +96,7 @@ class Preset:
         frames = 1 + (self.video.frames - 1) // codec.time_scale
         return frames, self.video.height // codec.space_scale, self.video.width // codec.space_scale
 
-    def run(self, name: str) -> CodecRun | TextRun | FlowRun:
+    def run(self, name: str) -> CodecRun | DecoderRun | TextRun | FlowRun:
         """The run of that name. Raises UserError listing the runs for any other."""
         if name not in self.runs:
             raise UserError(f"preset {self.name}: no run {name!r}, expected one of {', '.join(self.runs)}")
