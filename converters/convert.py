@@ -14,7 +14,7 @@ from nd_jax.errors import UserError
 from nd_jax.outputs import check_new
 
 FORMAT_VERSION = 1
-KEPT = ("generation_config.json", "model_index.json")
+KEPT = ("generation_config.json", "model_index.json", "pruning.json")
 """Files at the top that are carried along: they say how the networks are used."""
 
 

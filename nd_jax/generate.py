@@ -13,11 +13,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from nd_jax.errors import UserError
 from nd_jax.models.causal_vae import posterior
-from nd_jax.models.functional import Params
 from nd_jax.models.system import CODEC, DENOISER, Conditions
 from nd_jax.pixels import from_uint8, to_uint8
 from nd_jax.pyramid.layout import REAL, envelopes, layout_arrays, legal_multiple
@@ -115,25 +114,24 @@ class Generator:
         first_latent: Float[Array, "b 1 h w c"] | None = None,
         trace: Callable | None = None,
         influence: bool = False,
+        kept: Int[Array, " k"] | None = None,
     ) -> Float[Array, "b u h w c"] | tuple[Array, Array]:
         """Normalised latents for B prompts.
 
         ``negative`` (B rows) is needed when the plan has guidance. ``first_latent`` is a given, normalised unit 0. With
-        ``influence`` also the sums that ``BlockInfluence.from_sums`` reads, over every denoiser call.
+        ``influence`` also the sums that ``BlockInfluence.from_sums`` reads, over every denoiser call: [stages, blocks,
+        2, 2]. With ``kept`` only these blocks run (and the last one); which ones is data, so nothing compiles again.
         """
         guided = needs_negative(plan)
-        if guided:
-            plan = replace(plan, first_guidance=plan.first_guidance or 1.0, later_guidance=plan.later_guidance or 1.0)
-            if negative is None:
-                raise UserError("generate: guidance needs a negative prompt; give one (it may be empty)")
-            conditions = Conditions(*(jnp.concatenate(pair) for pair in zip(negative, conditions, strict=True)))
-        params, sums = self.system.on_device[DENOISER], []
+        plan, conditions = with_negative(plan, conditions, negative)
+        params, sums = self.system.on_device[DENOISER], [0.0] * len(self.envelopes)
         stages = self._stages[guided, influence]
 
         def velocity(stage: int):
             def run(*inputs):
-                found, summed = stages[stage](params, conditions, *inputs)
-                sums.append(summed)
+                found, summed = stages[stage](params, conditions, *inputs, kept=kept)
+                if influence:
+                    sums[stage] += summed
                 return found
 
             return run
@@ -148,7 +146,7 @@ class Generator:
             first_latent=first_latent,
             trace=trace,
         )
-        return (latents, sum(sums)) if influence else latents
+        return (latents, jnp.stack(sums)) if influence else latents
 
     def encode_first_frame(
         self, image: UInt8[np.ndarray, "b h w 3"], noise: Float[np.ndarray, "b 1 h w c"]
@@ -168,8 +166,20 @@ class Generator:
         return np.concatenate(video, axis=1)
 
 
+def with_negative(
+    plan: SamplePlan, conditions: Conditions, negative: Conditions | None
+) -> tuple[SamplePlan, Conditions]:
+    """Plan and conditions as the denoiser's programs want them: with guidance the negative rows first."""
+    if not needs_negative(plan):
+        return plan, conditions
+    if negative is None:
+        raise UserError("generate: guidance needs a negative prompt; give one (it may be empty)")
+    plan = replace(plan, first_guidance=plan.first_guidance or 1.0, later_guidance=plan.later_guidance or 1.0)
+    return plan, Conditions(*(jnp.concatenate(pair) for pair in zip(negative, conditions, strict=True)))
+
+
 def _denoise(
-    denoiser, envelope, params: Params, conditions: Conditions, z, timestep, history, unit, scale, *, guided, influence
+    denoiser, envelope, params, conditions, z, timestep, history, unit, scale, *, guided, influence, kept=None
 ):
     """One stage's velocity; with ``influence`` also this call's sums, [blocks, 2, 2], where padding weighs nothing.
 
@@ -181,7 +191,9 @@ def _denoise(
     if influence:
         real = jnp.broadcast_to(layout.segments == REAL, (len(z), envelope.length)).astype(jnp.float32)
         reducer = influence_reducer(real[:, envelope.text_length :], real[:, : envelope.text_length])
-    found = denoiser(params, [(*history, z)], conditions.text, conditions.pooled, timestep, [layout], reducer=reducer)
+    found = denoiser(
+        params, [(*history, z)], conditions.text, conditions.pooled, timestep, [layout], reducer=reducer, kept=kept
+    )
     if influence:
         found, sums = found
     return (guide(found[0], scale) if guided else found[0]), sums
@@ -215,6 +227,7 @@ def generate_batches(
     first_frames: UInt8[np.ndarray, "n h w 3"] | None = None,
     batch: int = 16,
     generator: Generator | None = None,
+    kept: Int[Array, " k"] | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Iterator[UInt8[np.ndarray, "b t h w 3"]]:
     """Videos for ``prompts``, ``batch`` at a time. Prompt n with a seed always gives the same video.
@@ -224,6 +237,7 @@ def generate_batches(
         negative_prompt: what guidance steers away from.
         first_frames: given first frames, one per prompt: hybrid generation.
         generator: size, length and compiled programs; default: one for what the folder asks for.
+        kept: the denoiser's blocks to run, besides the last one; default: all.
         warn: receives one line for every prompt that was too long.
 
     Raises:
@@ -248,7 +262,7 @@ def generate_batches(
         if first_frames is not None:
             given = np.pad(first_frames[rows.start : rows.stop], ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge")
             first = generator.encode_first_frame(given, noise.first)
-        latents = generator.latents(conditions, noise, plan, negative=negative, first_latent=first)
+        latents = generator.latents(conditions, noise, plan, negative=negative, first_latent=first, kept=kept)
         yield generator.decode(latents)[: len(rows)]
 
 

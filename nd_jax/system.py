@@ -30,6 +30,7 @@ from nd_jax.models.system import (
     TextTokens,
     encode_text,
 )
+from nd_jax.pruning_record import RECORD, read_record, record
 from nd_jax.pyramid.normalise import NEODRAGON, PYRAMID_FLOW, LatentStats
 from nd_jax.pyramid.sampler import HYBRID, MONOLITHIC, SamplePlan
 from nd_jax.pyramid.schedule import Schedule
@@ -67,6 +68,8 @@ class VideoSystem:
     folder: Path | None = None
     mode: str = "monolithic"
     """Whose folder names the denoiser has: "monolithic", or "hybrid", which continues a given first frame."""
+    kept_blocks: tuple[int, ...] | None = None
+    """Of a pruned denoiser: which blocks of the original one it has."""
 
     @cached_property
     def definitions(self) -> dict[str, Definition]:
@@ -215,7 +218,8 @@ def load_system(path: str | Path, *, mode: str | None = None, dtype: str | None 
     tokenizers = text_tokenizers(folder.tokenizers, video)
     check_parts(system, path)
     check_vocabularies(tokenizers, system)
-    return VideoSystem(system, params, tokenizers, video, sampling, schedule, Path(path), mode)
+    kept = read_record(folder.path, system.diffusion_transformer.num_layers)
+    return VideoSystem(system, params, tokenizers, video, sampling, schedule, Path(path), mode, kept)
 
 
 def save_system(
@@ -236,6 +240,8 @@ def save_system(
             writer.component(names.get(name, name), getattr(system.config, name), params)
         for name, source in tokenizers.items():
             writer.tokenizer(name, source)
+        if system.kept_blocks is not None:
+            writer.json(RECORD, record(system.kept_blocks))
         writer.json(
             DEFAULTS,
             {

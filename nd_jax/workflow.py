@@ -288,11 +288,14 @@ def train_flow(
     tokenizers: dict[str, Path],
     start: VideoSystem | None = None,
     text: dict[str, Params] | None = None,
+    make: Callable[..., FlowRecipe] = FlowRecipe,
+    also_given: tuple = (),
     quiet: bool = False,
 ) -> tuple[Outcome, VideoSystem | None]:
     """Flow matching on one or more latents folders (one for each share of the recipe's ``size_mix``).
 
-    Begins with ``start`` (e.g. a pruned system), with text encoders ``text``, or from scratch.
+    Begins with ``start`` (e.g. a pruned system), with text encoders ``text``, or from scratch. ``make`` is the recipe,
+    whose ``init`` receives ``also_given`` besides the parameters.
     Returns how it ended and, if it was not interrupted, the system with averaged (EMA) parameters and the codec.
     """
     video, units = preset.video, run.recipe.units
@@ -311,7 +314,7 @@ def train_flow(
             f"{folders[0]} holds latents of {told[0]}, preset {preset.name} is for {told[-1]}; encode clips of its size"
         )
     mesh = make_mesh(run.loop.mesh)
-    recipe = FlowRecipe(
+    recipe = make(
         config,
         run.recipe,
         schedule=preset.schedule,
@@ -337,15 +340,18 @@ def train_flow(
     spec = recipe.batch_spec()
     feed = MixedFeed(streams, columns, spec) if len(streams) > 1 else Feed(streams[0], spec)
     given = text or {} if start is None else {k: v for k, v in start.params.items() if k != CODEC}
-    outcome = _train(preset, name, recipe, feed, run, out, mesh=mesh, given=(given,), quiet=quiet)
+    outcome = _train(preset, name, recipe, feed, run, out, mesh=mesh, given=(given, *also_given), quiet=quiet)
     if not outcome.finished:
         return outcome, None
     params: dict[str, Params] = {**load_tree(Path(out)), CODEC: codec_params}
-    return outcome, VideoSystem(config, params, readers, video, preset.sampling, preset.schedule)
+    kept = None if start is None else start.kept_blocks
+    return outcome, VideoSystem(config, params, readers, video, preset.sampling, preset.schedule, kept_blocks=kept)
 
 
 def without_blocks(system: VideoSystem, drop: Sequence[int]) -> tuple[VideoSystem, tuple[int, ...]]:
     """The system with blocks ``drop`` taken out of its denoiser, and the original indices of those that stay."""
     smaller, params, kept = remove_blocks(system.config.diffusion_transformer, system.params[DENOISER], drop)
+    kept = kept if system.kept_blocks is None else tuple(system.kept_blocks[k] for k in kept)
     config = dataclasses.replace(system.config, diffusion_transformer=smaller)
-    return dataclasses.replace(system, config=config, params={**system.params, DENOISER: params}), kept
+    params = {**system.params, DENOISER: params}
+    return dataclasses.replace(system, config=config, params=params, kept_blocks=kept), kept

@@ -77,6 +77,7 @@ class MMDiT(nnx.Module):
         return_blocks: bool = False,
         reducer: Callable[..., Any] | None = None,
         remat: str | None = None,
+        kept: Int[Array, " k"] | None = None,
     ) -> Any:
         """Predict the velocity of each group's current clip.
 
@@ -91,6 +92,8 @@ class MMDiT(nnx.Module):
             reducer: ``reducer(image_in, image_out, text_in, text_out)`` is run in every block but the last, image
                 [B, sum L, D] and text [B*G, S, D]; its results come back stacked on a leading axis.
             remat: "none", "full" (keep block inputs only) or "dots" (keep the results of dense products).
+            kept: run these stacked blocks only, in this order. Data, not structure: every selection of so many blocks
+                is the same program. Needs stacked parameters, not ``unstack``'s.
 
         Returns:
             Predictions [B, T, H, W, C], one per group; with ``return_blocks`` and/or ``reducer`` a tuple
@@ -119,7 +122,14 @@ class MMDiT(nnx.Module):
             )
             return (new_image, new_text), out
 
-        (image, text), (states, reduced) = over_layers(self._remat(body, remat, looped=True), (image, text), stacked)
+        def chosen(carry, index):
+            return body(carry, jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacked))
+
+        if kept is None:
+            carry, out = over_layers(self._remat(body, remat, looped=True), (image, text), stacked)
+        else:
+            carry, out = jax.lax.scan(self._remat(chosen, remat, looped=True), (image, text), kept)
+        (image, text), (states, reduced) = carry, out
         image, text = self.hooks.constrain(image, "image"), self.hooks.constrain(text, "text")
         graphdef, state = nnx.split(self.last_block)
 

@@ -9,21 +9,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from nd_jax.errors import UserError
 from nd_jax.models import mmdit
 from nd_jax.models.functional import Params
 from nd_jax.models.hooks import ShardingHooks
-from nd_jax.models.system import CODEC, DENOISER, TEXT_PARTS, SystemConfig, TextTokens, encode_text, init_system
+from nd_jax.models.system import (
+    CODEC,
+    DENOISER,
+    TEXT_PARTS,
+    Conditions,
+    SystemConfig,
+    TextTokens,
+    encode_text,
+    init_system,
+)
 from nd_jax.pyramid.columns import column_stages
-from nd_jax.pyramid.examples import flow_example, history_noise_shapes
-from nd_jax.pyramid.layout import envelopes, layout_arrays
+from nd_jax.pyramid.examples import FlowExample, flow_example, history_noise_shapes
+from nd_jax.pyramid.layout import LayoutArrays, envelopes, layout_arrays
 from nd_jax.pyramid.normalise import LatentStats
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.pyramid.targets import per_sample_loss
@@ -62,6 +71,21 @@ class FlowRecipeConfig:
     ema_decay: float = 0.999
     """Of the averaged parameters, which are the result."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.95, weight_decay=1e-4, warmup_steps=1000))
+
+
+class Packed(NamedTuple):
+    """One packed forward: per column an example and its layout, per row ``b * G + g`` conditions and timestep."""
+
+    examples: list[FlowExample]
+    layouts: list[LayoutArrays]
+    conditions: Conditions
+    timesteps: Float[Array, " b*g"]
+
+    @property
+    def inputs(self) -> tuple:
+        """The denoiser's arguments."""
+        clips = [example.clips for example in self.examples]
+        return clips, self.conditions.text, self.conditions.pooled, self.timesteps, self.layouts
 
 
 class FlowRecipe:
@@ -123,9 +147,7 @@ class FlowRecipe:
             envelopes(units - 1, text_length, height, width, patch_size=patch, stages=schedule.stages)
             for units, height, width in self.sizes
         ]
-        self.envelopes = [
-            of_size[size][stage] for size, stage in zip(self.column_sizes, self.columns, strict=True)
-        ]
+        self.envelopes = [of_size[size][stage] for size, stage in zip(self.column_sizes, self.columns, strict=True)]
         self._grads = value_and_grad(self.loss, config.microbatches)
 
     @property
@@ -137,9 +159,7 @@ class FlowRecipe:
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         n, (text, clip) = self.config.batch, self.lengths
         rows, channels = n // len(self.columns), self.system.diffusion_transformer.in_channels
-        shapes = [
-            (rows * self.column_sizes.count(index), *size, channels) for index, size in enumerate(self.sizes)
-        ]
+        shapes = [(rows * self.column_sizes.count(index), *size, channels) for index, size in enumerate(self.sizes)]
         latents = {
             name: jax.ShapeDtypeStruct(shape, jnp.float32)
             for name, shape in zip(self.latent_names, shapes, strict=True)
@@ -178,8 +198,8 @@ class FlowRecipe:
         history = [tuple(next(remaining) for _ in envelope.clips[:-1]) for envelope in self.envelopes]
         return {"unit": unit, "uniform": uniform, "corrupt": corrupt, "noise": noise, "history": history}
 
-    def loss(self, params: Params, examples: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
-        """Mean squared velocity error over all rows, and each stage's mean.
+    def pack(self, params: Params, examples: dict[str, Any]) -> Packed:
+        """What the denoiser is asked, and what it should answer.
 
         ``examples`` holds the batch as [B, G, ...] (latents [B, G of their size, ...]) and the arrays of ``draws``.
         """
@@ -204,16 +224,13 @@ class FlowRecipe:
             )
             built.append((example, layout_arrays(envelope, unit, conditions.mask[group::groups])))
         timesteps = jnp.stack([example.timestep for example, _ in built], axis=1).reshape(-1)
-        predictions = self.definitions[DENOISER](
-            params[DENOISER],
-            [example.clips for example, _ in built],
-            conditions.text,
-            conditions.pooled,
-            timesteps,
-            [layout for _, layout in built],
-            remat=self.config.remat,
-        )
-        losses = [per_sample_loss(p, example.target) for p, (example, _) in zip(predictions, built, strict=True)]
+        return Packed([example for example, _ in built], [layout for _, layout in built], conditions, timesteps)
+
+    def velocity_error(
+        self, predictions: Sequence[Array], packed: Packed
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Mean squared velocity error over all rows, and each stage's mean."""
+        losses = [per_sample_loss(p, example.target) for p, example in zip(predictions, packed.examples, strict=True)]
         stages = sorted(set(self.columns))
         by_stage = {
             f"stage_{stage}": jnp.mean(jnp.stack([x for x, s in zip(losses, self.columns, strict=True) if s == stage]))
@@ -221,9 +238,18 @@ class FlowRecipe:
         }
         return jnp.mean(jnp.stack(losses)), by_stage
 
-    def step(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict]:
+    def loss(self, params: Params, examples: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
+        """``velocity_error`` of the denoiser; ``examples`` are those of ``pack``."""
+        packed = self.pack(params, examples)
+        predictions = self.definitions[DENOISER](params[DENOISER], *packed.inputs, remat=self.config.remat)
+        return self.velocity_error(predictions, packed)
+
+    def examples(self, state: TrainState, batch: dict[str, Array]) -> dict[str, Any]:
+        """A batch dealt into columns, and this step's draws."""
         rows = self.config.batch // len(self.columns)
-        examples = {name: x.reshape(rows, -1, *x.shape[1:]) for name, x in batch.items()}
-        grads, metrics = self._grads(state.params, examples | self.draws(state.step_key()))
+        return {name: x.reshape(rows, -1, *x.shape[1:]) for name, x in batch.items()} | self.draws(state.step_key())
+
+    def step(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict]:
+        grads, metrics = self._grads(state.params, self.examples(state, batch))
         state, optim_metrics = state.advance(grads, self.optimizer, ema_decay=self.config.ema_decay)
         return state, {"loss": metrics.pop("loss"), "flow": metrics, "optim": optim_metrics}
