@@ -1,10 +1,13 @@
 """The paper's system at full size: 49 frames of 320x512 from 7x40x64 latents (Neodragon, arXiv 2511.06055).
 
 Learning rate, Adam's betas, weight decay, warm-up, clipping, stage mix, history corruption and caption dropout of the
-teacher are Pyramid-Flow's published ones; the paper says of recovery only that its first stage converges in about 300
-steps. Batch sizes and everything else about recovery are ours.
-Commands: nd-jax train neodragon_320p decoder --codec NATIVE --data DATA --lpips vgg.safetensors --out RUN
-          nd-jax train neodragon_320p recovery --start PRUNED --latents LATENTS --out RUN
+teacher are Pyramid-Flow's published ones. Of pruning and recovery the paper says: importance over 100 prompts and 5
+samples, 6 of 24 blocks removed, a first stage that converges in about 300 steps, a second one of 60 000. Batch sizes,
+learning rates, the weights of the losses and everything else about recovery are ours.
+Commands: nd-jax prune importance TEACHER --prompts 100 --samples 5 --prompt-file PROMPTS --out SCORES
+          nd-jax prune apply TEACHER --count 6 --scores SCORES --out PRUNED
+          nd-jax train neodragon_320p decoder --codec NATIVE --data DATA --lpips vgg.safetensors --out RUN
+          nd-jax train neodragon_320p recovery_2 --start PRUNED --teacher TEACHER --latents LATENTS --out RUN
 """
 
 import dataclasses
@@ -18,7 +21,8 @@ from nd_jax.models.t5 import T5Config
 from nd_jax.pyramid.sampler import MONOLITHIC
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
-from nd_jax.recipes.preset import DecoderRun, FlowRun, Preset, VideoConfig
+from nd_jax.recipes.preset import DecoderRun, FlowRun, Preset, RecoveryRun, VideoConfig
+from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.optim import OptimConfig
 
@@ -50,6 +54,11 @@ decoder = DecoderRun(
     LoopConfig(steps=20_000, save_every=500, log_every=10),
 )
 
+recovery = FlowRun(
+    dataclasses.replace(recipe, optim=dataclasses.replace(published, learning_rate=5e-5, warmup_steps=50)),  # ours
+    LoopConfig(steps=300, save_every=50),
+)
+
 PRESET = Preset(
     name="neodragon_320p",
     system=SystemConfig(
@@ -65,9 +74,11 @@ PRESET = Preset(
     runs={
         "decoder": decoder,
         "teacher": FlowRun(recipe, LoopConfig(steps=100_000, save_every=1000, log_every=10)),
-        "recovery": FlowRun(
-            dataclasses.replace(recipe, optim=dataclasses.replace(published, learning_rate=5e-5, warmup_steps=50)),
-            LoopConfig(steps=300, save_every=50),
+        "recovery": recovery,
+        "recovery_2": RecoveryRun(
+            stage1=recovery,
+            recipe=RecoveryRecipeConfig(**vars(recovery.recipe), normalise=True),  # ours
+            loop=LoopConfig(steps=60_000, save_every=1000, log_every=10),
         ),
     },
 )

@@ -3,6 +3,8 @@
 Its runs in order, with their commands, hours and curves: nd_jax/weights/shapes_base/README.md.
 """
 
+import dataclasses
+
 from nd_jax.models.causal_vae import NativeVAEConfig
 from nd_jax.models.clip import CLIPTextConfig
 from nd_jax.models.mmdit import MMDiTConfig
@@ -11,7 +13,17 @@ from nd_jax.models.t5 import T5Config
 from nd_jax.recipes.codec import CodecRecipeConfig
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
-from nd_jax.recipes.preset import CodecRun, DecoderRun, FlowRun, Preset, SamplingConfig, TextRun, VideoConfig
+from nd_jax.recipes.preset import (
+    CodecRun,
+    DecoderRun,
+    FlowRun,
+    Preset,
+    RecoveryRun,
+    SamplingConfig,
+    TextRun,
+    VideoConfig,
+)
+from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.optim import OptimConfig
@@ -79,6 +91,8 @@ def flow(
     )
 
 
+recovery = flow(250, 5e-4, schedule="linear", batch=24, stage_mix=(1, 1, 2), ema_decay=0.98)
+
 PRESET = Preset(
     name="shapes_base",
     system=system,
@@ -108,6 +122,17 @@ PRESET = Preset(
         "text": TextRun(recipe=TextRecipeConfig(), loop=LoopConfig(steps=400, save_every=200, log_every=20)),
         "image": flow(2350, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), units=1),
         "teacher": flow(3000, 1.2e-3, schedule="linear", batch=24, stage_mix=(1, 1, 2), size_mix=(1, 1, 1)),
-        "recovery": flow(250, 5e-4, schedule="linear", batch=24, stage_mix=(1, 1, 2), ema_decay=0.98),
+        "recovery": recovery,
+        "recovery_2": RecoveryRun(
+            stage1=recovery,
+            recipe=RecoveryRecipeConfig(
+                batch=24,
+                stage_mix=(1, 1, 2),
+                ema_decay=0.98,
+                normalise=True,
+                optim=dataclasses.replace(recovery.recipe.optim, warmup_steps=20, decay_steps=500),
+            ),
+            loop=LoopConfig(steps=500, save_every=250, log_every=25),
+        ),
     },
 )

@@ -16,6 +16,7 @@ from nd_jax.pyramid.schedule import Schedule
 from nd_jax.recipes.codec import CodecRecipeConfig
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
+from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
 from nd_jax.training.loop import LoopConfig
 
@@ -73,6 +74,18 @@ class FlowRun:
 
 
 @dataclass(frozen=True)
+class RecoveryRun:
+    """Recovery after pruning in two stages: a flow-matching run, then feature matching (recipe and loop)."""
+
+    stage1: FlowRun = field(default_factory=FlowRun)
+    recipe: RecoveryRecipeConfig = field(default_factory=RecoveryRecipeConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+Run = CodecRun | DecoderRun | TextRun | FlowRun | RecoveryRun
+
+
+@dataclass(frozen=True)
 class Preset:
     """Everything `nd-jax train` needs to know. ``runs`` maps a run's name to its settings."""
 
@@ -80,7 +93,7 @@ class Preset:
     system: SystemConfig
     video: VideoConfig
     sampling: SamplePlan
-    runs: Mapping[str, CodecRun | DecoderRun | TextRun | FlowRun]
+    runs: Mapping[str, Run]
     schedule: Schedule = field(default_factory=Schedule)
     world: str | None = None
     """The shapes world it trains on, if any."""
@@ -96,7 +109,7 @@ class Preset:
         frames = 1 + (self.video.frames - 1) // codec.time_scale
         return frames, self.video.height // codec.space_scale, self.video.width // codec.space_scale
 
-    def run(self, name: str) -> CodecRun | DecoderRun | TextRun | FlowRun:
+    def run(self, name: str) -> Run:
         """The run of that name. Raises UserError listing the runs for any other."""
         if name not in self.runs:
             raise UserError(f"preset {self.name}: no run {name!r}, expected one of {', '.join(self.runs)}")
