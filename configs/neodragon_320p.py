@@ -3,9 +3,11 @@
 Learning rate, Adam's betas, weight decay, warm-up, clipping, stage mix, history corruption and caption dropout of the
 teacher are Pyramid-Flow's published ones. Of pruning and recovery the paper says: importance over 100 prompts and 5
 samples, 6 of 24 blocks removed, a first stage that converges in about 300 steps, a second one of 60 000. Batch sizes,
-learning rates, the weights of the losses and everything else about recovery are ours.
+learning rates, the weights of the losses and everything else about recovery are ours. Of text distillation: the
+networks, replace mode, MSE + 0.1 (1 - cos) over valid tokens, about 1.4 million prompts; the rest is ours.
 Commands: nd-jax prune importance TEACHER --prompts 100 --samples 5 --prompt-file PROMPTS --out SCORES
           nd-jax prune apply TEACHER --count 6 --scores SCORES --out PRUNED
+          nd-jax train neodragon_320p text --teacher PYRAMID_FLOW --start DT5 --prompts PROMPTS --out RUN
           nd-jax train neodragon_320p decoder --codec NATIVE --data DATA --lpips vgg.safetensors --out RUN
           nd-jax train neodragon_320p recovery_2 --start PRUNED --teacher TEACHER --latents LATENTS --out RUN
 """
@@ -21,8 +23,9 @@ from nd_jax.models.t5 import T5Config
 from nd_jax.pyramid.sampler import MONOLITHIC
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
-from nd_jax.recipes.preset import DecoderRun, FlowRun, Preset, RecoveryRun, VideoConfig
+from nd_jax.recipes.preset import DecoderRun, FlowRun, Preset, RecoveryRun, TextDistillRun, VideoConfig
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
+from nd_jax.recipes.text_distillation import TextDistillConfig
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.optim import OptimConfig
 
@@ -37,6 +40,29 @@ recipe = FlowRecipeConfig(
     dtype="bfloat16",
     ema_decay=0.9999,  # ours
     optim=published,
+)
+
+recovery = FlowRun(
+    dataclasses.replace(recipe, optim=dataclasses.replace(published, learning_rate=5e-5, warmup_steps=50)),  # ours
+    LoopConfig(steps=300, save_every=50),
+)
+
+text = TextDistillRun(
+    encoder=T5Config(),
+    adapter=ContextAdapterConfig(),
+    recipe=TextDistillConfig(
+        batch=1024,  # ours
+        mode="replace",
+        encoder="frozen",
+        mse=1.0,
+        cosine=0.1,
+        empty=0.02,  # ours
+        remat=True,
+        dtype="bfloat16",
+        teacher_dtype="bfloat16",
+        optim=OptimConfig(learning_rate=1e-4, warmup_steps=500, decay_steps=14_000),  # ours
+    ),
+    loop=LoopConfig(steps=14_000, save_every=1000, log_every=10),  # ours: ten times 1.4 million prompts
 )
 
 decoder = DecoderRun(
@@ -54,11 +80,6 @@ decoder = DecoderRun(
     LoopConfig(steps=20_000, save_every=500, log_every=10),
 )
 
-recovery = FlowRun(
-    dataclasses.replace(recipe, optim=dataclasses.replace(published, learning_rate=5e-5, warmup_steps=50)),  # ours
-    LoopConfig(steps=300, save_every=50),
-)
-
 PRESET = Preset(
     name="neodragon_320p",
     system=SystemConfig(
@@ -74,6 +95,7 @@ PRESET = Preset(
     runs={
         "decoder": decoder,
         "teacher": FlowRun(recipe, LoopConfig(steps=100_000, save_every=1000, log_every=10)),
+        "text": text,
         "recovery": recovery,
         "recovery_2": RecoveryRun(
             stage1=recovery,

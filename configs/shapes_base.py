@@ -7,6 +7,7 @@ import dataclasses
 
 from nd_jax.models.causal_vae import NativeVAEConfig
 from nd_jax.models.clip import CLIPTextConfig
+from nd_jax.models.context_adapter import ContextAdapterConfig
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.system import SystemConfig
 from nd_jax.models.t5 import T5Config
@@ -20,11 +21,13 @@ from nd_jax.recipes.preset import (
     Preset,
     RecoveryRun,
     SamplingConfig,
+    TextDistillRun,
     TextRun,
     VideoConfig,
 )
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
+from nd_jax.recipes.text_distillation import TextDistillConfig
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.optim import OptimConfig
 
@@ -45,7 +48,9 @@ tower = CLIPTextConfig(
 system = SystemConfig(
     text_encoder=tower,
     text_encoder_2=tower,
-    text_encoder_3=T5Config(vocab_size=512, d_model=TEXT_WIDTH, d_kv=32, d_ff=256, num_layers=3, num_heads=4, out_dim=None),
+    text_encoder_3=T5Config(
+        vocab_size=512, d_model=TEXT_WIDTH, d_kv=32, d_ff=256, num_layers=3, num_heads=4, out_dim=None
+    ),
     diffusion_transformer=MMDiTConfig(
         sample_size=8,
         patch_size=1,
@@ -93,6 +98,21 @@ def flow(
 
 recovery = flow(250, 5e-4, schedule="linear", batch=24, stage_mix=(1, 1, 2), ema_decay=0.98)
 
+text_student = TextDistillRun(  # 140 928 parameters, of which the adapter 20 672; its teacher's text path has 574 592
+    encoder=T5Config(vocab_size=512, d_model=64, d_kv=16, d_ff=120, num_layers=2, num_heads=4, out_dim=64),
+    adapter=ContextAdapterConfig(input_dims=64, output_dims=WIDTH, layer_depths=(64,), skips=(True,)),
+    recipe=TextDistillConfig(
+        batch=64,
+        encoder="trained",
+        captions=1 << 16,
+        ema_decay=0.998,
+        optim=OptimConfig(
+            learning_rate=3e-3, warmup_steps=100, decay_steps=6000, final_fraction=0.02, b2=0.98, weight_decay=1e-4
+        ),
+    ),
+    loop=LoopConfig(steps=6000, save_every=1000, log_every=25),
+)
+
 PRESET = Preset(
     name="shapes_base",
     system=system,
@@ -122,6 +142,7 @@ PRESET = Preset(
         "text": TextRun(recipe=TextRecipeConfig(), loop=LoopConfig(steps=400, save_every=200, log_every=20)),
         "image": flow(2350, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), units=1),
         "teacher": flow(3000, 1.2e-3, schedule="linear", batch=24, stage_mix=(1, 1, 2), size_mix=(1, 1, 1)),
+        "text_student": text_student,
         "recovery": recovery,
         "recovery_2": RecoveryRun(
             stage1=recovery,

@@ -101,7 +101,7 @@ def read_captions(path: Path, clips: Iterable[str]) -> tuple[dict[str, list[str]
             raise UserError(f"captions: {path} has over {MAX_PROBLEMS} unusable lines; the first: {problems[0].reason}")
 
     with path.open("rb") as file:
-        lines = _lines(file, problem)
+        lines = numbered_lines(file, problem)
         rows = _csv_rows(path, lines, problem) if path.suffix.lower() == ".csv" else _json_rows(lines, problem)
         for line, named, texts in rows:
             try:
@@ -132,8 +132,8 @@ def _known(named: Any, known: dict[str, str]) -> str:
     return known[str(path)]
 
 
-def _lines(file: BinaryIO, problem: Any) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are UTF-8 and not too long."""
+def numbered_lines(file: BinaryIO, problem: Any) -> Iterator[tuple[int, str]]:
+    """Numbered lines that are UTF-8 and not too long; ``problem(line, reason)`` is told of the others."""
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1

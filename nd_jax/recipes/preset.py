@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nd_jax.errors import UserError
+from nd_jax.models.context_adapter import ContextAdapterConfig
 from nd_jax.models.system import SystemConfig
+from nd_jax.models.t5 import T5Config
 from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.recipes.codec import CodecRecipeConfig
@@ -18,6 +20,7 @@ from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
+from nd_jax.recipes.text_distillation import TextDistillConfig
 from nd_jax.training.loop import LoopConfig
 
 
@@ -66,6 +69,18 @@ class TextRun:
 
 
 @dataclass(frozen=True)
+class TextDistillRun:
+    """A run that distils a text encoder: the student's networks, recipe and loop. The teacher is a folder."""
+
+    encoder: T5Config = field(default_factory=T5Config)
+    """The student's T5, with or without projection."""
+    adapter: ContextAdapterConfig = field(default_factory=ContextAdapterConfig)
+    """From the encoder's width to the denoiser's (to ``joint_attention_dim`` in mode "extend")."""
+    recipe: TextDistillConfig = field(default_factory=TextDistillConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
 class FlowRun:
     """A flow-matching run: recipe and loop."""
 
@@ -82,7 +97,7 @@ class RecoveryRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
-Run = CodecRun | DecoderRun | TextRun | FlowRun | RecoveryRun
+Run = CodecRun | DecoderRun | TextRun | TextDistillRun | FlowRun | RecoveryRun
 
 
 @dataclass(frozen=True)
