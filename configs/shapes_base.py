@@ -141,7 +141,7 @@ PRESET = Preset(
         ),
         "text": TextRun(recipe=TextRecipeConfig(), loop=LoopConfig(steps=400, save_every=200, log_every=20)),
         "image": flow(2350, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), units=1),
-        "teacher": flow(3000, 1.2e-3, schedule="linear", batch=24, stage_mix=(1, 1, 2), size_mix=(1, 1, 1)),
+        "teacher": flow(1900, 1.2e-3, schedule="linear", batch=24, stage_mix=(1, 1, 2), size_mix=(1, 1, 1)),
         "text_student": text_student,
         "recovery": recovery,
         "recovery_2": RecoveryRun(

@@ -91,7 +91,7 @@ def test_help_of_train_lists_presets_and_runs(run):
 def test_options_that_do_not_exist(refused, monkeypatch):
     refused("fly", told=("'fly'", "generate", "train"))
     refused("prune", "away", told=("prune importance", "prune apply"))
-    refused("generate", "--chekpoint", "x", told=("--chekpoint", "--checkpoint PATH"))
+    refused("generate", "--chekpoint", "x", told=("--chekpoint", "perhaps --checkpoint?"))
     refused("generate", "--checkpoint", "x", "--seed", "many", told=("--seed", "many"))
     refused("generate", "--checkpoint", "x", "--mode", "odd", told=("--mode", "'odd'", "hybrid", "monolithic"))
     refused("generate", "--checkpoint", told="--checkpoint")

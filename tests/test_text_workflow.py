@@ -14,6 +14,7 @@ from training_toy import assert_same, numbers
 import nd_jax.text_workflow as workflow
 from nd_jax.data.text_features import FeatureSource
 from nd_jax.errors import UserError
+from nd_jax.models.functional import count_parameters
 from nd_jax.models.system import ADAPTER, CLIP_1, CLIP_2, DENOISER, T5
 from nd_jax.recipes.preset import TextDistillRun
 from nd_jax.recipes.text_teacher import EMBEDDER, embed

@@ -107,11 +107,15 @@ def test_chunks_equal_the_whole_clip(codec):
     net, params = codec
     video, latent = noise(1, 2, 13, 8, 12, 3), noise(2, 2, 4, 4, 6, 3)
     whole = jax.jit(lambda p, x: net.bind(p).encode(x))(params, video)
-    np.testing.assert_allclose(streaming.encode_stream(net, params, video, 4), whole, atol=2e-5)
+    equal_in_float32(streaming.encode_stream(net, params, video, 4), whole)
     whole = jax.jit(lambda p, z: net.bind(p).decode(z))(params, latent)
     assert whole.shape == (2, 13 if isinstance(net.bind(params).config, NativeVAEConfig) else 25, *whole.shape[2:])
-    chunks = jnp.concatenate(list(streaming.decode_stream(net, params, latent)), axis=1)
-    np.testing.assert_allclose(chunks, whole, atol=2e-5)
+    equal_in_float32(jnp.concatenate(list(streaming.decode_stream(net, params, latent)), axis=1), whole)
+
+
+def equal_in_float32(found, wanted):
+    """Sums in another order differ by some units in the last place of the largest terms, not of each result."""
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=4e-6 * np.abs(wanted).max())
 
 
 def test_the_future_does_not_reach_the_past(codec):

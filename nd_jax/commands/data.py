@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -10,7 +11,14 @@ from nd_jax.commands.console import check_at_least, console, progress_bar, say, 
 from nd_jax.outputs import check_new, new_folder
 
 
-def data_prepare(preset: Positional[str], out: Path, clips: int = 2048, seed: int = 0, overwrite: bool = False) -> None:
+def data_prepare(
+    preset: Positional[str],
+    out: Path,
+    clips: int = 2048,
+    seed: int = 0,
+    world: str | None = None,
+    overwrite: bool = False,
+) -> None:
     """Draw the captioned shapes dataset of a preset, and train its tokenizers.
 
     Args:
@@ -18,6 +26,7 @@ def data_prepare(preset: Positional[str], out: Path, clips: int = 2048, seed: in
         out: folder for the dataset; its tokenizers are in out/tokenizers.
         clips: clips in the training split; about 4 ms and 20 kB each.
         seed: of everything that is drawn.
+        world: another world than the preset's, such as two_objects.
         overwrite: replace an existing dataset.
     """
     check_at_least(1, clips=clips)
@@ -28,6 +37,8 @@ def data_prepare(preset: Positional[str], out: Path, clips: int = 2048, seed: in
     from nd_jax.workflow import prepare_data, prepare_tokenizers
 
     chosen = load_preset(preset)
+    if world is not None:
+        chosen = dataclasses.replace(chosen, world=world)
     with new_folder(out, overwrite=overwrite) as part, console.status(f"drawing {clips} clips"):
         prepare_data(chosen, part, clips=clips, seed=seed)
         prepare_tokenizers(chosen, corpus(seed=seed), part / "tokenizers")
@@ -39,6 +50,7 @@ def data_latents(
     data: Path,
     codec: Path,
     out: Path,
+    frames: int | None = None,
     bucket: str | None = None,
     seed: int = 0,
     plain: bool = False,
@@ -50,6 +62,7 @@ def data_latents(
         data: folder of `nd-jax data prepare` or `nd-jax data videos`.
         codec: component folder of a codec, such as RUN/codec.
         out: folder for the latents and their captions.
+        frames: encode only so many frames of every clip, from its start; 1 + 8k.
         bucket: size HEIGHTxWIDTH of your own clips, if the dataset has several.
         seed: of the captions of drawn shapes.
         plain: word all captions alike, as shapes_tiny does in the demonstration.
@@ -71,5 +84,5 @@ def data_latents(
         captions = shapes_captions(clips, seed=seed, plain=plain)
     with progress_bar("encoding clips", len(clips)) as progress:
         batch = encode_batch(clips)
-        encode_clips(codec, clips, captions, out, batch=batch, overwrite=overwrite, progress=progress)
+        encode_clips(codec, clips, captions, out, frames=frames, batch=batch, overwrite=overwrite, progress=progress)
     print(out)
