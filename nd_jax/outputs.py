@@ -12,7 +12,7 @@ from pathlib import Path
 from nd_jax.errors import UserError
 
 # What a folder has to contain, somewhere in its first two levels, before --overwrite may delete it.
-_OURS = ("config.json", "nd_jax.json", "report.html", "metrics.jsonl", "dataset.json", "latents.npy")
+_OURS = ("config.json", "nd_jax.json", "report.html", "metrics.jsonl", "dataset.json", "latents.npy", "targets.bin")
 
 
 def _replaceable(folder: Path) -> bool:

@@ -27,7 +27,7 @@ from nd_jax.recipes.feeds import Feed
 from nd_jax.recipes.preset import TextDistillRun, as_settings
 from nd_jax.recipes.text_distillation import TextDistillRecipe
 from nd_jax.recipes.text_teacher import EMBEDDER, Teacher, check_student, teacher_params
-from nd_jax.system import VideoSystem, check_parts
+from nd_jax.system import TOKENIZERS, VideoSystem, check_parts, check_vocabularies
 from nd_jax.training.checkpoint import load_tree
 from nd_jax.training.loop import Outcome, train
 from nd_jax.training.mesh import make_mesh
@@ -63,7 +63,7 @@ def encode_prompts(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write what the system's denoiser reads of every prompt, for runs without a live teacher (``FeatureSource``)."""
-    teacher, tokenizer = Teacher(system.config), _tokenizer(system)
+    tokenizer, teacher = shared_tokenizer(system), Teacher(system.config)
     params = jax.tree.map(jnp.asarray, teacher_params(system.config, system.params))
     encode = jax.jit(teacher)
 
@@ -107,9 +107,11 @@ def train_text_student(
         teacher=live,
         text_length=length,
     )
+    recipe.check_start(start or {})
+    check_vocabularies(teacher.tokenizers, dataclasses.replace(teacher.config, text_encoder_3=run.encoder))
     keys: tuple[str, ...] = ()
     if features is None:
-        source, options = prompts, {"tokenizers": {"t5": _tokenizer(teacher)}}
+        source, options = prompts, {"tokenizers": {"t5": shared_tokenizer(teacher)}}
     else:
         source, options, keys = FeatureSource(features), {}, ("t5_ids", "t5_mask", "target")
         if (source.text_length, source.width) != (length, recipe.width):
@@ -170,9 +172,12 @@ def with_student(
     return dataclasses.replace(system, config=config, params=params)
 
 
-def _tokenizer(system: VideoSystem) -> TextTokenizer:
-    if "t5" not in system.tokenizers:
+def shared_tokenizer(teacher: VideoSystem) -> TextTokenizer:
+    """The tokenizer whose ids teacher and student read. Raises UserError for a system without it, or without a T5."""
+    there = {T5: T5 in teacher.params, TOKENIZERS["t5"]: "t5" in teacher.tokenizers}
+    lacks = [name for name, found in there.items() if not found]
+    if lacks:
         raise UserError(
-            f"{system.folder or 'the teacher'} has no tokenizer_3; expected one, for the student reads its ids"
+            f"{teacher.folder or 'the teacher'} has no {' and no '.join(lacks)}; expected a system that reads prompts"
         )
-    return system.tokenizers["t5"]
+    return teacher.tokenizers["t5"]

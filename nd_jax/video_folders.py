@@ -13,6 +13,7 @@ import numpy as np
 
 from nd_jax.converters.component import load_component
 from nd_jax.data.buckets import Size
+from nd_jax.data.captions_file import write_skipped
 from nd_jax.data.latents import LatentSource
 from nd_jax.data.tokenizers import load_tokenizers
 from nd_jax.data.video_folder import FolderOptions, Survey, survey
@@ -23,8 +24,6 @@ from nd_jax.generate import check_size
 from nd_jax.outputs import new_file
 from nd_jax.recipes.preset import Preset
 from nd_jax.workflow import RECORD, open_data, prepare_tokenizers, read_record, tfds_quiet
-
-SKIPPED = "skipped.jsonl"
 
 Progress = Callable[[str, int, int], None]
 """Takes what is being done, how many clips are done, and of how many."""
@@ -66,9 +65,7 @@ def prepare_folder(
         ) from error
     with tfds_quiet():
         record = prepare(found, out, progress=lambda *n: progress("resizing clips", *n))
-    lines = [json.dumps(dataclasses.asdict(each)) + "\n" for each in found.skipped]
-    with new_file(out / SKIPPED, overwrite=True) as part:
-        part.write_text("".join(lines), encoding="utf-8")
+    write_skipped(out, found.skipped)
     with new_file(out / RECORD, overwrite=True) as part:
         part.write_text(json.dumps(record, indent=2), encoding="utf-8")
     return found

@@ -208,7 +208,9 @@ def encode_clips(
 
     def latents() -> Iterator[np.ndarray]:
         for start in range(0, len(clips), batch):
-            videos = np.stack([clips[index]["video"][:frames] for index in range(start, min(start + batch, len(clips)))])
+            videos = np.stack(
+                [clips[index]["video"][:frames] for index in range(start, min(start + batch, len(clips)))]
+            )
             missing = batch - len(videos)  # the last batch keeps its shape, so that nothing compiles again
             padded = np.pad(videos, ((0, missing), *((0, 0),) * 4), mode="edge")
             yield np.asarray(encode(params, jnp.asarray(from_uint8(padded))))[: len(videos)]
@@ -265,9 +267,7 @@ def train_text(
     check_vocabularies(readers, preset.system)
     worlds = {world.objects: world for world in WORLDS.values()}  # captions know the number of objects only
     recipe_config = run.recipe
-    source = CaptionSource(
-        list(worlds.values()), recipe_config.captions, seed=run.loop.seed, loose=recipe_config.loose
-    )
+    source = CaptionSource(list(worlds.values()), recipe_config.captions, seed=run.loop.seed, loose=recipe_config.loose)
     stream = _stream(source, run.recipe.batch, run.loop.seed, keys=("labels",), tokenizers=readers)
     return _train(preset, "text", recipe, Feed(stream, recipe.batch_spec()), run, out, quiet=quiet)
 

@@ -70,3 +70,46 @@ def tiny_generator(tiny):
     from nd_jax.generate import Generator
 
     return Generator(tiny, height=64, width=128, frames=17)
+
+
+@pytest.fixture
+def run(capsys):
+    """Function from a command's arguments to (exit code, standard output, standard error)."""
+    from nd_jax import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Checks that arguments end in exit code 2 and one line on standard error that holds every one of ``told``."""
+
+    def check(*arguments: object, told: str | tuple[str, ...]) -> str:
+        code, out, err = run(*arguments)
+        assert code == 2, (out, err)
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        for each in (told,) if isinstance(told, str) else told:
+            assert each in err
+        return err
+
+    return check
+
+
+@pytest.fixture
+def secret(monkeypatch):
+    """``SECRET`` is one more prompt that evaluation uses."""
+    from prompt_corpora import SECRET
+
+    from nd_jax.data import evaluation_prompts, prompts
+
+    hashes = evaluation_prompts.HASHES | {evaluation_prompts.prompt_hash(SECRET)}
+    for module in (evaluation_prompts, prompts):
+        monkeypatch.setattr(module, "HASHES", hashes)

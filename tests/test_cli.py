@@ -24,36 +24,6 @@ from nd_jax.errors import UserError
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def run(capsys):
-    """Function from arguments to (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    """Checks that arguments end in exit code 2 and one line on standard error that holds every one of ``told``."""
-
-    def check(*arguments: object, told: str | tuple[str, ...]) -> str:
-        code, out, err = run(*arguments)
-        assert code == 2, (out, err)
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1, err
-        for each in (told,) if isinstance(told, str) else told:
-            assert each in err
-        return err
-
-    return check
-
-
 # ---- help
 
 
@@ -264,6 +234,7 @@ def test_wrong_folders(refused, tmp_path):
             ("prune", "apply", place, "--drop", 0, "--out", tmp_path / "out"),
             ("prune", "importance", place),
             ("evaluate", place, "--out", tmp_path / "out"),
+            ("data", "features", place, "--captions", 9, "--out", tmp_path / "out"),
         ):
             refused(*arguments, told=(str(place), told))
     adapter = GOLDEN / "context_adapter"
@@ -291,6 +262,8 @@ def test_existing_outputs_ask_for_overwrite(refused, run, tiny_folder, tmp_path)
         ("prune", "apply", system, "--drop", 0, "--out", taken),
         ("data", "prepare", "shapes_tiny", "--out", taken),
         ("data", "latents", "--data", tmp_path, "--codec", component, "--out", taken),
+        ("data", "prompts", tmp_path / "a.txt", "--out", taken),
+        ("data", "features", system, "--captions", 9, "--out", taken),
     ):
         refused(*arguments, told=(str(taken), "--overwrite"))
         refused(*arguments, "--overwrite", told=(str(taken), "not a folder written by nd-jax"))

@@ -7,40 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prompt_corpora import METADATA, SECRET, write_packages
 
-from nd_jax.data import evaluation_prompts, prompts
-from nd_jax.data.evaluation_prompts import HASHES, is_evaluation_prompt, normalise, prompt_hash
+from nd_jax.data import prompts
+from nd_jax.data.evaluation_prompts import HASHES, is_evaluation_prompt, normalise
 from nd_jax.data.prompt_files import PromptFile
 from nd_jax.data.prompt_packages import PackagePrompts
 from nd_jax.data.prompt_source import PromptSource
 from nd_jax.errors import UserError
-
-SECRET = "A glass whale, swimming over Ümlaut City"
-METADATA = """
-raise RuntimeError("this file is read, never run")
-OPENAI_IMAGENET_TEMPLATES = (lambda c: f'a photo of a {c}.', lambda c: f'many {c}, {{so}} many')
-IMAGENET_CLASSNAMES = ('tench', "cock o'the rock", 'sea lion')
-"""
-
-
-@pytest.fixture
-def secret(monkeypatch):
-    """One more prompt that evaluation uses."""
-    monkeypatch.setattr(evaluation_prompts, "HASHES", HASHES | {prompt_hash(SECRET)})
-    monkeypatch.setattr(prompts, "HASHES", HASHES | {prompt_hash(SECRET)})
-
-
-def write_packages(folder: Path) -> Path:
-    """Two packages with the files that are read, in a folder of their own."""
-    data, zero_shot = folder / "clip_interrogator" / "data", folder / "open_clip"
-    for each in (data, zero_shot):
-        each.mkdir(parents=True)
-    for package in (data.parent, zero_shot):
-        (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    for name in ("artists", "flavors", "mediums", "movements", "negative"):
-        (data / f"{name}.txt").write_text("".join(f"{name[:-1]} {n}\n" for n in range(50)))
-    (zero_shot / "zero_shot_metadata.py").write_text(METADATA)
-    return folder
 
 
 def write_lines(path: Path, lines) -> PromptFile:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_system
 from jax.sharding import Mesh
 
-import tiny_system
 from nd_jax.data.latents import LatentSource, write_latents
 from nd_jax.errors import UserError
 from nd_jax.models.system import CODEC, DENOISER, TEXT_PARTS, TextTokens, encode_text

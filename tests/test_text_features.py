@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nd_jax.data.pipeline import batches
-from nd_jax.data.text_features import FeatureSource, write_features
+from nd_jax.data.text_features import DTYPES, FeatureSource, write_features
 from nd_jax.errors import UserError
 
 LENGTH, WIDTH = 6, 4
@@ -26,7 +26,7 @@ def parts(count: int = 7, seed: int = 0):
     return [tuple(x[n : n + 3] for x in (ids, mask, targets)) for n in range(0, count, 3)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_valid_tokens_come_back(tmp_path, dtype):
     write_features(tmp_path / "f", iter(parts()), dtype=dtype)
     source = FeatureSource(tmp_path / "f")
@@ -36,9 +36,9 @@ def test_valid_tokens_come_back(tmp_path, dtype):
         example = source[index]
         np.testing.assert_array_equal(example["t5_mask"], mask[index])
         np.testing.assert_array_equal(example["t5_ids"], ids[index] * mask[index])
-        expected = targets[index].astype(dtype).astype(np.float32) * mask[index, :, None]
+        expected = targets[index].astype(DTYPES[dtype]).astype(np.float32) * mask[index, :, None]
         np.testing.assert_array_equal(example["target"], expected)
-    assert (tmp_path / "f" / "targets.bin").stat().st_size == mask.sum() * WIDTH * np.dtype(dtype).itemsize
+    assert (tmp_path / "f" / "targets.bin").stat().st_size == mask.sum() * WIDTH * np.dtype(DTYPES[dtype]).itemsize
 
 
 def test_they_come_in_batches(tmp_path):
@@ -57,7 +57,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
         write_features(tmp_path / "f", large, dtype="float16")
     with pytest.raises(UserError, match="there are no prompts"):
         write_features(tmp_path / "f", [])
-    with pytest.raises(UserError, match="dtype 'int8', expected one of float32, float16"):
+    with pytest.raises(UserError, match="dtype 'int8', expected one of float32, bfloat16, float16"):
         write_features(tmp_path / "f", parts(), dtype="int8")
     assert not list(tmp_path.iterdir())
 
@@ -65,13 +65,13 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"prompts": 6}, "expected what nd-jax data text-features wrote"),
-        ({"tokens": 23}, "expected what nd-jax data text-features wrote"),
-        ({"counts": [7] * 7}, "expected what nd-jax data text-features wrote"),
-        ({"counts": "no"}, "expected what nd-jax data text-features wrote"),
-        ({"width": 0}, "expected what nd-jax data text-features wrote"),
+        ({"prompts": 6}, "expected what nd-jax data features wrote"),
+        ({"tokens": 23}, "expected what nd-jax data features wrote"),
+        ({"counts": [7] * 7}, "expected what nd-jax data features wrote"),
+        ({"counts": "no"}, "expected what nd-jax data features wrote"),
+        ({"width": 0}, "expected what nd-jax data features wrote"),
         ({"width": 8}, r"targets.bin has 352 bytes, expected 704"),
-        ({"dtype": "object"}, "expected what nd-jax data text-features wrote"),
+        ({"dtype": "object"}, "expected what nd-jax data features wrote"),
         ({"crc32": {}}, "was changed since it was written"),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -12,6 +14,8 @@ from nd_jax.errors import UserError
 
 console = Console(stderr=True)
 """For people: standard error, so that standard output holds results only."""
+SHOWN = 5
+"""Skipped clips or lines that are told of; a dataset's folder lists them all."""
 
 
 def warn(line: str) -> None:
@@ -22,6 +26,16 @@ def warn(line: str) -> None:
 def say(line: str) -> None:
     """A line of progress on standard error."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def tell_skipped(skipped: Sequence[Any], what: str, listed: Path) -> None:
+    """How many ``Skipped`` there are, where all of them are listed, and the first few with reasons."""
+    from nd_jax.data.captions_file import clean
+
+    if skipped:
+        warn(f"{len(skipped)} {what} were skipped; all are in {listed}")
+    for each in skipped[:SHOWN]:
+        say(f"  {clean(each.file)}: {clean(each.reason)}")
 
 
 def check_at_least(least: int, **options: int) -> None:

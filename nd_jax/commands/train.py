@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-from tyro.conf import arg
+from typing import Any
 
 from nd_jax.commands.console import say
+from nd_jax.commands.train_options import (
+    CodecOptions,
+    DecoderOptions,
+    FlowOptions,
+    Options,
+    RecoveryOptions,
+    TextDistillOptions,
+    TextOptions,
+)
 from nd_jax.errors import UserError
 from nd_jax.recipes.preset import (
     CodecRun,
@@ -18,6 +24,7 @@ from nd_jax.recipes.preset import (
     FlowRun,
     Preset,
     RecoveryRun,
+    TextDistillRun,
     TextRun,
     load_preset,
     preset_names,
@@ -26,102 +33,13 @@ from nd_jax.recipes.preset import (
 INTERRUPTED = 130
 
 
-@dataclass(frozen=True)
-class CodecOptions:
-    """Train a codec on clips of a dataset or on video files. Run the same command again to resume."""
-
-    out: Path
-    """Folder for checkpoints, metrics and the result, out/codec."""
-    settings: Annotated[CodecRun, arg(name="")]
-    data: Path | None = None
-    """Folder of `nd-jax data prepare` or `nd-jax data videos`."""
-    bucket: str | None = None
-    """Size HEIGHTxWIDTH of your own clips, if the dataset has several and none is the preset's."""
-    videos: tuple[Path, ...] = ()
-    """Video files to train on, instead."""
-
-
-@dataclass(frozen=True)
-class DecoderOptions:
-    """Distil a smaller decoder for a codec's latents; the encoder stays. Run the same command again to resume."""
-
-    out: Path
-    """Folder for checkpoints, metrics and the results: out/codec, out/decoders.json and, with --start, out/system."""
-    settings: Annotated[DecoderRun, arg(name="")]
-    start: Path | None = None
-    """System folder whose codec gets the new decoder."""
-    codec: Path | None = None
-    """A codec's component folder, instead."""
-    data: Path | None = None
-    """Folder of `nd-jax data prepare` or `nd-jax data videos`; its held-out clips are measured at the end."""
-    bucket: str | None = None
-    """Size HEIGHTxWIDTH of your own clips, if the dataset has several and none is the preset's."""
-    videos: tuple[Path, ...] = ()
-    """Video files to train on, instead or as well."""
-    shares: tuple[int, int] = (3, 1)
-    """Clips of --data and windows of --videos, where there are both."""
-    held_out: tuple[Path, ...] = ()
-    """Video files that are never trained on, even if --videos names them, and are measured at the end."""
-    lpips: Path | None = None
-    """Safetensors file with LPIPS's weights; without one the weight-free multi-scale loss is used."""
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """Pre-train text encoders on captions of the shapes worlds. Run the same command again to resume."""
-
-    out: Path
-    """Folder for checkpoints, metrics and the result, which `train PRESET RUN --text` reads."""
-    settings: Annotated[TextRun, arg(name="")]
-    data: Path
-    """Folder of `nd-jax data prepare`, for its tokenizers."""
-
-
-@dataclass(frozen=True)
-class FlowOptions:
-    """Flow matching on encoded clips, from scratch or from a system. Run the same command again to resume."""
-
-    out: Path
-    """Folder for checkpoints, metrics and the result, out/system."""
-    settings: Annotated[FlowRun, arg(name="")]
-    latents: tuple[Path, ...]
-    """Folder of `nd-jax data latents`; one for each share of --recipe.size-mix."""
-    data: Path | None = None
-    """Folder of `nd-jax data prepare` or `videos`, for tokenizers and size; not needed with --start."""
-    codec: Path | None = None
-    """The codec's component folder; not needed with --start."""
-    text: Path | None = None
-    """Run whose text encoders to begin with."""
-    start: Path | None = None
-    """System folder to start from, such as one of `nd-jax prune apply`."""
-
-
-@dataclass(frozen=True)
-class RecoveryOptions:
-    """Recovery after pruning: flow matching in out/stage1, then feature matching to the teacher in out/stage2. Run the
-    same command again to resume in either."""
-
-    out: Path
-    """Folder for both runs and the result, out/system."""
-    settings: Annotated[RecoveryRun, arg(name="")]
-    start: Path
-    """Pruned system, a folder of `nd-jax prune apply`; with --alone also one whose first stage is done."""
-    teacher: Path
-    """System folder that was pruned."""
-    latents: tuple[Path, ...]
-    """Folder of `nd-jax data latents`; one for each share of --recipe.size-mix."""
-    alone: bool = False
-    """Leave the first stage out."""
-
-
-def train(
-    preset: str, run: str, options: CodecOptions | DecoderOptions | TextOptions | FlowOptions | RecoveryOptions
-) -> int:
+def train(preset: str, run: str, options: Options) -> int:
     """Run one recipe of a preset. Returns the exit code, 130 when a signal interrupted it."""
     work = {
         CodecOptions: _train_codec,
         DecoderOptions: _train_decoder,
         TextOptions: _train_text,
+        TextDistillOptions: _distil_text,
         FlowOptions: _train_flow,
         RecoveryOptions: _recover,
     }[type(options)]
@@ -175,6 +93,36 @@ def _train_text(preset: Preset, run: str, options: TextOptions) -> tuple[Any, Pa
 
     tokenizers = {name: options.data / "tokenizers" / name for name in TOKENIZERS.values()}
     return workflow.train_text(preset, options.settings, options.out, tokenizers=tokenizers), options.out
+
+
+def _distil_text(preset: Preset, run: str, options: TextDistillOptions) -> tuple[Any, Path]:
+    captions, where = options.settings.recipe.captions, f"train {preset.name} {run}"
+    if options.prompts and options.features is not None:
+        raise UserError(f"{where}: expected either --prompts or --features, found both")
+    if not captions and not options.prompts and options.features is None:
+        raise UserError(f"{where}: expected --prompts FOLDER ..., --features FOLDER or --recipe.captions N to train on")
+    if not captions and not options.prompts and not options.held_out:
+        raise UserError(f"{where}: with --features expected --held-out FOLDER ..., for the report on held-out prompts")
+    from nd_jax.text_student import distil_text
+
+    outcome, report = distil_text(
+        preset,
+        run,
+        options.settings,
+        options.out,
+        teacher=options.teacher,
+        prompts=options.prompts,
+        features=options.features,
+        held_out=options.held_out,
+        start=options.start,
+    )
+    if report is not None:
+        say(
+            f"{report['prompts']} held-out prompts: cosine {report['cosine']:.3f}, squared error "
+            f"{report['relative_mse']:.1%} of the teacher's mean square, nearest other prompt the same for "
+            f"{report['neighbours']:.0%}"
+        )
+    return outcome, options.out / "system"
 
 
 def _train_flow(preset: Preset, run: str, options: FlowOptions) -> tuple[Any, Path]:
@@ -258,6 +206,7 @@ def resolve(arguments: Sequence[str]) -> tuple[Callable, Sequence[str], str, Cal
         CodecRun: CodecOptions,
         DecoderRun: DecoderOptions,
         TextRun: TextOptions,
+        TextDistillRun: TextDistillOptions,
         FlowRun: FlowOptions,
         RecoveryRun: RecoveryOptions,
     }

@@ -7,10 +7,8 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from nd_jax.commands.console import check_at_least, progress_bar, say, warn
+from nd_jax.commands.console import check_at_least, progress_bar, say, tell_skipped, warn
 from nd_jax.outputs import check_new, new_folder
-
-SHOWN = 5
 
 
 def data_videos(
@@ -63,10 +61,11 @@ def data_videos(
     check_at_least(0, seed=seed)
     check_new(out, overwrite=overwrite)
     from nd_jax.data.buckets import parse_size
+    from nd_jax.data.captions_file import SKIPPED
     from nd_jax.data.clips import Limits
     from nd_jax.data.video_folder import FolderOptions
     from nd_jax.recipes.preset import load_preset
-    from nd_jax.video_folders import SKIPPED, cut_captions, prepare_folder
+    from nd_jax.video_folders import cut_captions, prepare_folder
 
     chosen = load_preset(preset)
     video = chosen.video
@@ -97,7 +96,6 @@ def data_videos(
 def _tell(found: Any, listed: Path) -> None:
     """What became of the clips, and the first few that were skipped."""
     from nd_jax.data.buckets import size_name
-    from nd_jax.data.captions_file import clean
     from nd_jax.data.video_folder import SPLITS
 
     for size in found.options.sizes:
@@ -107,10 +105,7 @@ def _tell(found: Any, listed: Path) -> None:
             f"{size_name(size)}: {len(train)} clips to train on ({sum(train)} windows), {len(heldout)} held out "
             f"({sum(heldout)} windows)"
         )
-    if found.skipped:
-        warn(f"{len(found.skipped)} clips and caption lines were skipped; all are in {listed}")
-    for each in found.skipped[:SHOWN]:
-        say(f"  {clean(each.file)}: {clean(each.reason)}")
+    tell_skipped(found.skipped, "clips and caption lines", listed)
 
 
 def data_reconstruct(

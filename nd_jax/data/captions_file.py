@@ -7,6 +7,7 @@ that it holds.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from nd_jax.errors import UserError
+from nd_jax.outputs import new_file
 
 NAMES = ("captions.jsonl", "captions.csv")
+SKIPPED = "skipped.jsonl"
+"""In a dataset's folder: what was left out of it, and why."""
 MAX_BYTES = 256 << 20  # of a captions file
 MAX_LINE = 1 << 16  # bytes; also of a text file beside a clip
 MAX_CAPTION = 2000  # characters
@@ -31,6 +35,13 @@ class Skipped:
 
     file: str
     reason: str
+
+
+def write_skipped(folder: Path, skipped: Iterable[Skipped]) -> None:
+    """``folder/SKIPPED``, one JSON object a line; an empty file where nothing was left out."""
+    lines = [json.dumps(dataclasses.asdict(each)) + "\n" for each in skipped]
+    with new_file(folder / SKIPPED, overwrite=True) as part:
+        part.write_text("".join(lines), encoding="utf-8")
 
 
 def clean(text: str) -> str:

@@ -1,6 +1,6 @@
 """Computed targets for text distillation, so that training need not run the teacher: valid tokens only.
 
-A folder of three files: ``targets.bin``, float32 or float16 [tokens, width] as raw numbers; ``ids.bin``, int32
+A folder of three files: ``targets.bin``, [tokens, width] as raw numbers of one of ``DTYPES``; ``ids.bin``, int32
 [tokens]; and ``info.json``: ``prompts``, ``tokens``, ``width``, ``text_length``, ``dtype``, ``counts`` (of tokens, a
 prompt each) and a CRC-32 of both files.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -22,12 +23,12 @@ from nd_jax.errors import UserError
 from nd_jax.outputs import new_folder
 
 TARGETS, IDS, INFO = "targets.bin", "ids.bin", "info.json"
-DTYPES = ("float32", "float16")
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 INFO_LIMIT = 1 << 28
 """Bytes of info.json."""
 READ_LIMIT = 1 << 32
 """Bytes of targets up to which opening a folder compares their CRC-32."""
-REMEDY = "make the folder again with nd-jax data text-features, or copy it again"
+REMEDY = "make the folder again with nd-jax data features, or copy it again"
 
 Part = tuple[Int[np.ndarray, "n s"], Int[np.ndarray, "n s"], Float[np.ndarray, "n s d"]]
 
@@ -53,7 +54,7 @@ def write_features(
             for ids, mask, targets in parts:
                 valid, (_, length), width = mask > 0, mask.shape, targets.shape[-1]
                 with np.errstate(over="ignore"):
-                    kept = np.ascontiguousarray(targets[valid], dtype)
+                    kept = np.ascontiguousarray(targets[valid], DTYPES[dtype])
                 if not np.isfinite(kept).all():
                     raise UserError(
                         f"text features: a target of prompts {len(counts)} and later is not finite in {dtype}"
@@ -89,7 +90,7 @@ class FeatureSource:
         info = read_json(self.folder / INFO, INFO_LIMIT, "text features: description")
         self.width, self.text_length, counts = _check_info(self.folder / INFO, info)
         tokens = info["tokens"]
-        self._targets = _open(self.folder / TARGETS, np.dtype(info["dtype"]), (tokens, self.width))
+        self._targets = _open(self.folder / TARGETS, np.dtype(DTYPES[info["dtype"]]), (tokens, self.width))
         self._ids = _open(self.folder / IDS, np.dtype(np.int32), (tokens,))
         for name in (TARGETS, IDS) if self._targets.nbytes <= READ_LIMIT else (IDS,):
             if _checksum(self.folder / name) != info["crc32"].get(name):
@@ -116,12 +117,12 @@ class FeatureSource:
 def _check_info(path: Path, info: dict[str, Any]) -> tuple[int, int, np.ndarray]:
     numbers = [info.get(name) for name in ("prompts", "tokens", "width", "text_length")]
     sound = all(type(n) is int and 0 < n < 1 << 40 for n in numbers)
-    sound = sound and info.get("dtype") in DTYPES and isinstance(info.get("crc32"), dict)
+    sound = sound and info.get("dtype") in list(DTYPES) and isinstance(info.get("crc32"), dict)
     counts = info.get("counts")
     sound = sound and isinstance(counts, list) and all(type(n) is int and 0 <= n <= numbers[3] for n in counts)
     if not sound or len(counts) != numbers[0] or sum(counts) != numbers[1]:
         told = shown({name: info.get(name) for name in ("prompts", "tokens", "width", "text_length", "dtype")})
-        raise UserError(f"text features: {path} says {told}, expected what nd-jax data text-features wrote; {REMEDY}")
+        raise UserError(f"text features: {path} says {told}, expected what nd-jax data features wrote; {REMEDY}")
     return numbers[2], numbers[3], np.asarray(counts, np.int64)
 
 

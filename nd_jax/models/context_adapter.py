@@ -30,9 +30,13 @@ class ContextAdapterConfig:
     """
 
     input_dims: int = 4096
+    """Channels in."""
     output_dims: int = 1536
+    """Channels out."""
     layer_depths: tuple[int, ...] = (4096, 4096, 4096, 4096)
+    """Channels of every hidden layer."""
     skips: tuple[bool, ...] = (True, True, True, True)
+    """Whether the input is put in front of each hidden layer's output."""
     activation_fn: str = "gelu"
     out_activation_fn: str = "linear"
     pre_activation: bool = False

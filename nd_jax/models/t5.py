@@ -34,9 +34,13 @@ class T5Config:
     """
 
     vocab_size: int = 32128
+    """Rows of the embedding table."""
     d_model: int = 768
+    """Channels."""
     d_kv: int = 64
+    """Channels of an attention head."""
     d_ff: int = 2048
+    """Channels inside the feed-forward layers."""
     num_layers: int = 12
     num_heads: int = 12
     relative_attention_num_buckets: int = 32
@@ -46,6 +50,7 @@ class T5Config:
     dense_act_fn: str = "gelu_new"
     is_gated_act: bool = True
     out_dim: int | None = 4096
+    """Channels after the projection; None: no projection."""
 
     def __post_init__(self):
         check_activation("dense_act_fn", self.dense_act_fn)

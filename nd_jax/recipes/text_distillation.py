@@ -133,13 +133,17 @@ class TextDistillRecipe:
             spec["target"] = jax.ShapeDtypeStruct((n, length, self.width), jnp.float32)
         return spec
 
+    def check_start(self, student: Params) -> None:
+        """Raises UserError when an encoder that is not trained as a whole has no weights to start from."""
+        if self.config.encoder != "trained" and T5 not in student:
+            raise UserError(
+                f"text distillation: the student's encoder is {self.config.encoder!r} and starts from nothing; "
+                "expected the weights of a distilled T5 (--start), or --recipe.encoder trained"
+            )
+
     def init(self, key: jax.Array, teacher: Params | None = None, student: Params | None = None) -> TrainState:
         config, student = self.config, student or {}
-        if config.encoder != "trained" and T5 not in student:
-            raise UserError(
-                f"text distillation: the student's encoder is {config.encoder!r} and starts from nothing; expected the "
-                "weights of a distilled T5 (--start), or --recipe.encoder trained"
-            )
+        self.check_start(student)
         keys = jax.random.split(key, 4)
         encoder = student.get(T5) or self.encoder.init(keys[0])
         params = {ADAPTER: student.get(ADAPTER) or self.adapter.init(keys[1])}
