@@ -183,6 +183,6 @@ def distil_decoder(
         write_figures(out / FIGURES, compare_decoders(both, measured))
     if system is None:
         return outcome, out / "codec"
-    tokenizers = dict(load_folder(start).tokenizers)
+    tokenizers = dict(load_folder(system.folder).tokenizers)
     save_system(out / "system", replace_decoder(system, *made), tokenizers, overwrite=True)
     return outcome, out / "system"

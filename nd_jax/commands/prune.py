@@ -181,6 +181,6 @@ def prune_apply(
     smaller, kept = without_blocks(system, drop)
     if fresh:
         smaller = with_fresh_denoiser(smaller, seed)
-    save_system(out, smaller, load_folder(checkpoint).tokenizers, dtype=None, overwrite=overwrite)
+    save_system(out, smaller, load_folder(system.folder).tokenizers, dtype=None, overwrite=overwrite)
     say(f"removed {', '.join(map(str, drop)) or 'none'}; kept {', '.join(map(str, kept))}")
     print(out)

@@ -141,7 +141,8 @@ def _train_flow(preset: Preset, run: str, options: FlowOptions) -> tuple[Any, Pa
     if options.start is None:
         start, tokenizers = None, {name: options.data / "tokenizers" / name for name in TOKENIZERS.values()}
     else:
-        start, folder = load_system(options.start), load_folder(options.start)
+        start = load_system(options.start)
+        folder = load_folder(start.folder)
         tokenizers = dict(folder.tokenizers)
     codec = options.codec or folder.components[CODEC]
     if options.data is not None and is_own_clips(options.data):
@@ -168,13 +169,14 @@ def _recover(preset: Preset, run: str, options: RecoveryOptions) -> tuple[Any, P
     from nd_jax.recovery_workflow import recover
     from nd_jax.system import load_system, save_system
 
-    folder = load_folder(options.start)
+    start = load_system(options.start)
+    folder = load_folder(start.folder)
     outcome, system = recover(
         preset,
         run,
         options.settings,
         options.out,
-        start=load_system(options.start),
+        start=start,
         teacher=load_system(options.teacher),
         latents=options.latents,
         codec_folder=folder.components[CODEC],
