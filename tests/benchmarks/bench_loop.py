@@ -136,10 +136,11 @@ def plain_step(recipe, params, inputs):
 def tokens(recipe, batch):
     """Tokens of the denoiser's sequences in one step: all, and how many are not padding (mean over the units)."""
     rows, real = recipe.config.batch // len(recipe.columns), 0.0
-    for envelope in recipe.envelopes:
-        layout = layout_arrays(envelope, np.arange(recipe.units, dtype=np.int32))
+    for envelope, size in zip(recipe.envelopes, recipe.column_sizes, strict=True):
+        units = recipe.sizes[size][0]
+        layout = layout_arrays(envelope, np.arange(units, dtype=np.int32))
         image = np.asarray(layout.segments)[:, envelope.text_length :] == REAL
-        real += rows * image.sum() / recipe.units
+        real += rows * image.sum() / units
     return rows * sum(envelope.length for envelope in recipe.envelopes), real + float(batch["t5_mask"].sum())
 
 
