@@ -39,6 +39,7 @@ from nd_jax.recipes.pruning import choose_blocks
 from nd_jax.recovery_workflow import recover
 from nd_jax.system import load_system, save_system
 from nd_jax.text_report import text_report
+from nd_jax.text_student import held_out_prompts
 
 console = Console(stderr=True)
 EXCLUDED = "bigbuckbunny"
@@ -135,8 +136,7 @@ def demo(
             )
         ),
     )
-    unseen = text_workflow.prompt_source(run_text, split="held_out")
-    texts = [unseen[n]["caption"] for n in range(min(HELD_OUT_PROMPTS, len(unseen)))]
+    texts = held_out_prompts(run_text, most=HELD_OUT_PROMPTS)
     text = watch("compare text encoders", lambda: text_report(teacher, reader, texts))
 
     # ---- decoder

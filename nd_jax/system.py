@@ -222,6 +222,12 @@ def load_system(path: str | Path, *, mode: str | None = None, dtype: str | None 
     return VideoSystem(system, params, tokenizers, video, sampling, schedule, Path(path), mode, kept)
 
 
+def codec_folder(path: str | Path) -> Path:
+    """Where a codec lies: ``path`` itself, or inside it if that is a system's folder or the name of shipped weights."""
+    folder = shipped_folder(path)
+    return folder / CODEC if (folder / CODEC).is_dir() else folder
+
+
 def save_system(
     path: str | Path,
     system: VideoSystem,

@@ -16,7 +16,7 @@ from nd_jax.protocol.definition import QUICK
 from nd_jax.protocol.figures import system_figures
 from nd_jax.protocol.run import run_protocol
 from nd_jax.recipes.preset import load_preset
-from nd_jax.system import load_system
+from nd_jax.system import codec_folder, load_system
 from nd_jax.weights import SHIPPED, shipped_folder
 
 LIMIT = 20_000_000
@@ -48,6 +48,13 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     assert shipped_folder(SHIPPED).is_dir()
     (tmp_path / SHIPPED).mkdir()
     assert str(shipped_folder(SHIPPED)) == SHIPPED
+
+
+def test_a_system_stands_for_its_codec(tmp_path):
+    codec = codec_folder(SHIPPED)
+    assert codec == shipped_folder(SHIPPED) / CODEC
+    assert codec_folder(codec) == codec
+    assert codec_folder(tmp_path / "none") == tmp_path / "none"
 
 
 @pytest.mark.heavy

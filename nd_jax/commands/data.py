@@ -60,7 +60,7 @@ def data_latents(
 
     Args:
         data: folder of `nd-jax data prepare` or `nd-jax data videos`.
-        codec: component folder of a codec, such as RUN/codec.
+        codec: component folder of a codec, such as RUN/codec, or a system that has one, such as shapes_base.
         out: folder for the latents and their captions.
         frames: encode only so many frames of every clip, from its start; 1 + 8k.
         bucket: size HEIGHTxWIDTH of your own clips, if the dataset has several.
@@ -71,6 +71,7 @@ def data_latents(
     check_at_least(0, seed=seed)
     check_new(out, overwrite=overwrite)
     from nd_jax.data.buckets import parse_size
+    from nd_jax.system import codec_folder
     from nd_jax.video_folders import encode_batch, folder_captions, has_changed, is_own_clips
     from nd_jax.workflow import encode_clips, open_data, shapes_captions
 
@@ -84,5 +85,6 @@ def data_latents(
         captions = shapes_captions(clips, seed=seed, plain=plain)
     with progress_bar("encoding clips", len(clips)) as progress:
         batch = encode_batch(clips)
-        encode_clips(codec, clips, captions, out, frames=frames, batch=batch, overwrite=overwrite, progress=progress)
+        options = {"frames": frames, "batch": batch, "overwrite": overwrite, "progress": progress}
+        encode_clips(codec_folder(codec), clips, captions, out, **options)
     print(out)

@@ -115,7 +115,7 @@ def data_reconstruct(
 
     Args:
         data: the dataset's folder.
-        codec: component folder of a codec, such as RUN/codec.
+        codec: component folder of a codec, such as RUN/codec, or a system that has one, such as shapes_base.
         bucket: size HEIGHTxWIDTH, if the dataset has several.
         split: heldout or train.
         most: windows at most.
@@ -123,9 +123,11 @@ def data_reconstruct(
     check_at_least(1, most=most)
     from nd_jax.data.buckets import parse_size
     from nd_jax.data.captions_file import clean
+    from nd_jax.system import codec_folder
     from nd_jax.video_folders import codec_on_folder
 
-    found = codec_on_folder(codec, data, size=None if bucket is None else parse_size(bucket), split=split, most=most)
+    size = None if bucket is None else parse_size(bucket)
+    found = codec_on_folder(codec_folder(codec), data, size=size, split=split, most=most)
     for name, psnr in zip(found.names, found.psnr, strict=True):
         print(f"{psnr:6.2f} dB  {clean(name)}")
     print(f"{found.whole.psnr:6.2f} dB, SSIM {found.whole.ssim:.3f}: mean of {len(found.names)} windows")
