@@ -17,6 +17,9 @@ from matplotlib.figure import Figure
 
 from nd_jax.outputs import new_file
 
+MOST_PANELS = 3
+"""Side by side in one picture."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -60,9 +63,11 @@ class Curves:
 
     @property
     def picture(self) -> str:
-        figure = Figure(figsize=(5.2 * len(self.panels), 3.2))
-        axes = figure.subplots(1, len(self.panels), squeeze=False)
-        for axis, (name, lines) in zip(axes[0], self.panels.items(), strict=True):
+        columns = min(len(self.panels), MOST_PANELS)
+        rows = -(-len(self.panels) // columns)
+        figure = Figure(figsize=(5.2 * columns, 3.2 * rows))
+        for place, (name, lines) in enumerate(self.panels.items(), start=1):
+            axis = figure.add_subplot(rows, columns, place)
             for label, (xs, ys) in lines.items():
                 axis.plot(xs, ys, label=label, linewidth=1.4)
             axis.set(title=name, xlabel=self.x_label)
