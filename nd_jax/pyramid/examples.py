@@ -54,7 +54,8 @@ def flow_example(
 
     ``latents`` are all clean normalised frames at full size; ``uniform`` draws in [0, 1) choose the local noise from
     the training tables, unless ``local`` gives it; ``noise`` is white noise for the current unit at FULL size
-    (``f = frames_per_unit``); ``history_noise`` has the shapes of ``history_noise_shapes``. Without ``corrupt_uniform`` the history stays clean.
+    (``f = frames_per_unit``); ``history_noise`` has the shapes of ``history_noise_shapes``. Without
+    ``corrupt_uniform`` the history stays clean.
     """
     level = envelope.stage
     pyramid = latent_pyramid(latents, envelope.stages)
