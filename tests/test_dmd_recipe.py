@@ -189,7 +189,8 @@ def test_a_step_is_the_one_computed_by_hand(microbatches):
     after, metrics = jax.jit(made.step)(state, batch)
 
     latents = {"latents": batch["latents"].reshape(rows, groups, UNITS, HEIGHT, WIDTH, -1)}
-    drawn = [jax.device_get(made.draws(key)) for key in jax.random.split(state.step_key(), 2)]
+    draw = jax.jit(made.draws)
+    drawn = [jax.device_get(draw(key)) for key in jax.random.split(state.step_key(), 2)]
     for each in drawn:
         assert 0 < each["simulated"].mean() < 1
         assert {(0.5, True), (1.0, False)} <= {(float(s), s < 1) for s in each["local"][:, :2].ravel()}
@@ -265,6 +266,7 @@ def whole(go, tmp_path_factory):
     return outcome, states
 
 
+@pytest.mark.heavy
 def test_interruption_cannot_be_seen(go, whole, tmp_path):
     """Ctrl-C after the second step; both networks, both optimizers and the average go on as if nothing had been."""
 
