@@ -38,6 +38,8 @@ from nd_jax.recipes.dmd_loss import (
     mean_size,
 )
 from nd_jax.recipes.flow_matching import FlowRecipe, normals
+from nd_jax.recipes.motion import motion_ratio, previous_frame
+from nd_jax.recipes.own_steps import own_steps
 from nd_jax.recipes.packed import Packed
 from nd_jax.recipes.recovery import at_rest
 from nd_jax.training.optim import FROZEN, in_parts, make_optimizer, value_and_grad
@@ -97,22 +99,11 @@ class DmdRecipe(FlowRecipe):
             raise UserError(f"dmd: a student without {DENOISER}; expected a trained system to begin with")
         state = super().init(key, student)
         denoiser = state.params[DENOISER]
-        conditions = encode_text(self.definitions, state.params, self.negative)
-        frozen = {
-            DENOISER: at_rest(denoiser if teacher is None else teacher, jnp.dtype(self.config.dtype)),
-            NEGATIVE: conditions._asdict(),
-        }
-        fake = {DENOISER: denoiser}
-        return DmdState(
-            state.step,
-            state.params,
-            state.opt_state,
-            state.key,
-            state.ema,
-            frozen,
-            fake=fake,
-            fake_opt_state=self.fake_optimizer.init(fake),
-        )
+        negative = encode_text(self.definitions, state.params, self.negative)
+        resting = at_rest(denoiser if teacher is None else teacher, jnp.dtype(self.config.dtype))
+        frozen, fake = {DENOISER: resting, NEGATIVE: negative._asdict()}, {DENOISER: denoiser}
+        known = vars(state) | {"frozen": frozen}
+        return DmdState(**known, fake=fake, fake_opt_state=self.fake_optimizer.init(fake))
 
     def draws(self, key: jax.Array) -> dict[str, Any]:
         """All randomness of one update, of either network: besides flow matching's, ``local`` (the level of the
@@ -144,20 +135,7 @@ class DmdRecipe(FlowRecipe):
         steps = [self.config.steps[stage] for stage in self.columns]
         if max(steps) == 1 or not self.config.simulated:
             return packed
-
-        def step(index: Array, clips: list[Array]) -> list[Array]:
-            level = [jnp.full_like(each.local, 1 - index / n) for each, n in zip(packed.examples, steps, strict=True)]
-            times = [self.schedule.timestep(stage, s) for stage, s in zip(self.columns, level, strict=True)]
-            asked = [
-                NoisyClip(z, each.target, time, s)
-                for z, each, time, s in zip(clips, packed.examples, times, level, strict=True)
-            ]
-            moved = [z - v / n for z, v, n in zip(clips, self.velocity(student, packed.at(asked)), steps, strict=True)]
-            early = [s > each.local + 0.5 / n for s, each, n in zip(level, packed.examples, steps, strict=True)]
-            return [jnp.where(per_row(e, z), m, z) for e, m, z in zip(early, moved, clips, strict=True)]
-
-        starts = [each.clips[-1] + per_row(1 - each.local, each.target) * each.target for each in packed.examples]
-        own = jax.lax.fori_loop(0, max(steps) - 1, step, starts)
+        own = own_steps(lambda asked: self.velocity(student, asked), packed, self.schedule, self.columns, steps)
         simulated = jnp.moveaxis(examples["simulated"], 1, 0)
         chosen = [
             jnp.where(per_row(pick, z), z, each.clips[-1])
@@ -205,15 +183,26 @@ class DmdRecipe(FlowRecipe):
         """What teacher and fake say of the student's predictions.
 
         Per column: the student's ``input`` and the ``teacher``'s and ``fake``'s velocities. As [B, G]: sizes (mean
-        absolute values) of ``direction``, ``v_teacher - v_fake``, and of both networks' distances from the velocity
-        of the renoised prediction, ``teacher_error`` and ``fake_error``.
+        absolute values) of ``direction``, ``v_teacher - v_fake``, of both networks' distances from the velocity of
+        the renoised prediction, ``teacher_error`` and ``fake_error``, and of the change from the previous frame,
+        ``motion`` and ``data_motion``.
         """
         packed = self.inputs(student, examples)
-        clips = self.renoised(self.clean(student, packed), examples, even_levels(examples["level"], self.config.levels))
+        clean, truth = self.clean(student, packed), [each.clean for each in packed.examples]
+        clips = self.renoised(clean, examples, even_levels(examples["level"], self.config.levels))
         found = self.velocity(fake[DENOISER], packed.at(clips))
         known = self.teacher_velocity(frozen, examples, clips)
         targets = [clip.target for clip in clips]
-        pairs = {"direction": (known, found), "teacher_error": (known, targets), "fake_error": (found, targets)}
+        columns = enumerate(zip(self.columns, self.column_latents(examples), strict=True))
+        unit, stages = examples["unit"], self.schedule.stages
+        before = [previous_frame(latents, unit[:, group], stage, stages) for group, (stage, latents) in columns]
+        pairs = {
+            "direction": (known, found),
+            "teacher_error": (known, targets),
+            "fake_error": (found, targets),
+            "motion": (clean, before),
+            "data_motion": (truth, before),
+        }
         sizes = {
             name: jnp.stack([mean_size(a - b) for a, b in zip(*pair, strict=True)], axis=1)
             for name, pair in pairs.items()
@@ -258,8 +247,12 @@ class DmdRecipe(FlowRecipe):
         # The optimizer expects a gradient for everything in params; frozen text has none.
         grads = jax.tree.map(jnp.zeros_like, state.params) | grads
         state, optim = state.advance(grads, self.optimizer, ema_decay=config.ema_decay)
-        metrics |= {
-            name: self.stage_means(list(judged[name].T)) for name in ("direction", "teacher_error", "fake_error")
-        }
+        for name in ("direction", "teacher_error", "fake_error"):
+            metrics[name] = self.stage_means(list(judged[name].T))
+        metrics["motion"] = {}
+        for stage in sorted(set(self.columns)):
+            group = np.flatnonzero(np.equal(self.columns, stage))
+            sizes = (judged[name][:, group] for name in ("motion", "data_motion"))
+            metrics["motion"][f"stage_{stage}"] = motion_ratio(*sizes, examples["unit"][:, group])
         metrics |= {"weight": {"mean": jnp.mean(weight), "max": jnp.max(weight)}, "fake": fakes, "optim": optim}
         return state.replace(fake=fake, fake_opt_state=fake_opt_state), metrics

@@ -206,13 +206,13 @@ class FlowRecipe:
     def assemble(self, conditions: Conditions, examples: dict[str, Any]) -> Packed:
         """``pack`` for encoded prompts. Where ``examples`` has ``local`` [B, G], the local noise is that."""
         groups, built = len(self.columns), []
-        latents = [column for name in self.latent_names for column in jnp.moveaxis(examples[name], 1, 0)]
+        latents = self.column_latents(examples)
         for group, envelope in enumerate(self.envelopes):
             unit = examples["unit"][:, group]
             example = flow_example(
                 envelope,
                 self.schedule,
-                self.stats.normalise(latents[group]),
+                latents[group],
                 unit,
                 uniform=examples["uniform"][:, group],
                 local=examples["local"][:, group] if "local" in examples else None,
@@ -223,6 +223,11 @@ class FlowRecipe:
             )
             built.append((example, layout_arrays(envelope, unit, conditions.mask[group::groups])))
         return Packed([example for example, _ in built], [layout for _, layout in built], conditions)
+
+    def column_latents(self, examples: dict[str, Any]) -> list[Float[Array, "b u h w c"]]:
+        """Every column's clean latents, normalised."""
+        latents = [column for name in self.latent_names for column in jnp.moveaxis(examples[name], 1, 0)]
+        return [self.stats.normalise(column) for column in latents]
 
     def velocity_error(
         self, predictions: Sequence[Array], packed: Packed
