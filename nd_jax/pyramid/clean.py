@@ -12,6 +12,9 @@ middle stage comes out sharper than it is. ``Down`` undoes ``Up``, hence ``z_i =
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nd_jax.pyramid.resample import double, halve
@@ -59,3 +62,23 @@ def renoised(
     them, ``target`` is ``y_start^ - y_end^``.
     """
     return clip_at(schedule, stage, clean, halve(clean) if stage else None, noise, local)
+
+
+def renewed_step(
+    noisy: Float[Array, "b t h w c"],
+    velocity: Float[Array, "b t h w c"],
+    noise: Float[Array, "b t h w c"],
+    local: Any,
+    local_next: Any,
+    schedule: Schedule,
+    stage: int,
+) -> Float[Array, "b t h w c"]:
+    """A few-step student's step: its exact clean prediction, put back on the flow at ``local_next`` with fresh noise.
+
+    An Euler step would keep the noise it came with. Distribution matching makes the clean prediction right, and that is
+    largely a function of this noise: together they are not distributed as a stage's end is, where both are independent.
+    Local noise levels are scalars. The last step of the last stage is the same either way.
+    """
+    rows = jnp.ones(noisy.shape[0], jnp.float32)
+    clean = clean_prediction(schedule, stage, noisy, velocity, rows * local)
+    return renoised(schedule, stage, clean, noise, rows * local_next).noisy.astype(noisy.dtype)
