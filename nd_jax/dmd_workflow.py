@@ -60,5 +60,5 @@ def distil_steps(
     )
     if student is None:
         return outcome, None
-    plan = SamplePlan(run.recipe.steps, run.recipe.steps, grid="plain")
+    plan = SamplePlan(run.recipe.steps, run.recipe.steps, grid="plain", renew=run.recipe.renew)
     return outcome, dataclasses.replace(student, sampling=plan)

@@ -97,6 +97,7 @@ class ByHand:
         self.level = float(examples["level"][row, group])
         self.unit = int(examples["unit"][row, group])
         self.fresh = np.float64(examples["fresh"][group][row])
+        self.again = np.float64(examples["again"][group][row]) if config.renew else None
         self.simulated = bool(examples["simulated"][row, group])
         self.steps, self.config = config.steps[stage], config
         tabled = examples | {"uniform": 1 - examples["local"]}
@@ -124,24 +125,33 @@ class ByHand:
             return self.noisy
         z, steps = self.noisy + (1 - self.local) * self.target, self.steps
         for index in range(round((1 - self.local) * steps)):
-            z = z - self.answer(student, z, 1 - index / steps) / steps
+            s, after = 1 - index / steps, 1 - (index + 1) / steps
+            v = self.answer(student, z, s)
+            z = (
+                self.renoised(self.predicted(z, v, s), after, self.again[index])[0]
+                if self.config.renew
+                else z - v / steps
+            )
         return z
 
     def sharpened(self, x: np.ndarray) -> np.ndarray:
         c = self.end * (1 - self.start) / (self.start - self.end)
         return (x + c * blocky(x)) / (1 + c) if c else x
 
-    @property
-    def scale(self) -> float:
-        return (self.local * self.start + (1 - self.local) * self.end) / (self.start - self.end)
+    def scale(self, s: float) -> float:
+        return (s * self.start + (1 - s) * self.end) / (self.start - self.end)
+
+    def predicted(self, noisy: np.ndarray, velocity: np.ndarray, s: float) -> np.ndarray:
+        return self.sharpened(noisy - self.scale(s) * velocity)
 
     def clean(self, student) -> np.ndarray:
         noisy = self.input(student)
-        return self.sharpened(noisy - self.scale * self.answer(student, noisy, self.local))
+        return self.predicted(noisy, self.answer(student, noisy, self.local), self.local)
 
-    def renoised(self, clean: np.ndarray, tau: float) -> tuple[np.ndarray, np.ndarray]:
-        start = (1 - self.start) * blocky(clean) + self.start * self.fresh if self.stage else self.fresh
-        end = (1 - self.end) * clean + self.end * self.fresh
+    def renoised(self, clean: np.ndarray, tau: float, noise: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        noise = self.fresh if noise is None else noise
+        start = (1 - self.start) * blocky(clean) + self.start * noise if self.stage else noise
+        end = (1 - self.end) * clean + self.end * noise
         return tau * start + (1 - tau) * end, start - end
 
     def fake_gradient(self, student, fake) -> np.ndarray:
@@ -164,10 +174,11 @@ class ByHand:
         pull = weight * direction / error.size
         pull = pull + self.config.cauchy_weight * error / (1 + np.square(error).sum())
         parts = self.features(self.input(student), self.local)
-        return np.array([(pull * self.sharpened(-self.scale * part)).sum() for part in parts])
+        return np.array([(pull * self.sharpened(-self.scale(self.local) * part)).sum() for part in parts])
 
 
-def test_a_step_is_the_one_computed_by_hand():
+@pytest.mark.parametrize("renew", [False, True])
+def test_a_step_is_the_one_computed_by_hand(renew):
     """All stages, data and own steps, both kinds of guidance: sign and size of both networks' gradients.
 
     In two microbatches: the student must see the fake that was just updated, and weights are those of the whole batch.
@@ -353,6 +364,7 @@ def test_the_state_holds_three_denoisers():
         ({"simulated": 1.5}, "simulated 1.5"),
         ({"weight_floor": 0.0}, "weight floor 0.0"),
         ({"cauchy_weight": -1.0}, "cauchy weight is -1.0"),
+        ({"renew": True, "exact": False}, "leave --recipe.exact on"),
         ({"negative": empty_prompt(text=3)}, "expected one row of 12 and 12 tokens"),
     ],
 )

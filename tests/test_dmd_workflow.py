@@ -35,7 +35,9 @@ def go(tiny, tiny_folder, tmp_path, monkeypatch):
     save_component(tmp_path / "codec", tiny.config.causal_video_vae, tiny.params[CODEC])
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(workflow, "make_mesh", lambda config: one)
-    run = DmdRun(DmdRecipeConfig(batch=2, stage_mix=(0, 1, 0), steps=(1, 2, 1)), LoopConfig(steps=2, save_every=0))
+    run = DmdRun(
+        DmdRecipeConfig(batch=2, stage_mix=(0, 1, 0), steps=(1, 2, 1), renew=True), LoopConfig(steps=2, save_every=0)
+    )
     preset = Preset("tiny", tiny.config, tiny_system.VIDEO, tiny_system.PLAN, {"student": run})
     tokenizers = {name: tiny_folder / "tokenizers" / name for name in TOKENIZERS.values()}
     options = {"latents": tmp_path / "latents", "codec_folder": tmp_path / "codec", "tokenizers": tokenizers}
@@ -49,7 +51,7 @@ def test_a_pruned_system_learns_from_the_whole_one(go, tiny, tiny_folder, tmp_pa
     assert outcome.finished
     tokenizers = {name: tiny_folder / "tokenizers" / name for name in TOKENIZERS.values()}
     again = load_system(save_system(tmp_path / "system", student, tokenizers))
-    assert again.sampling == SamplePlan((1, 2, 1), (1, 2, 1), grid="plain")
+    assert again.sampling == SamplePlan((1, 2, 1), (1, 2, 1), grid="plain", renew=True)
     assert again.kept_blocks == kept
     for name in TEXT_PARTS:
         toy.assert_same(toy.numbers(again.params[name]), toy.numbers(tiny.params[name]))

@@ -108,7 +108,8 @@ class DmdRecipe(FlowRecipe):
     def draws(self, key: jax.Array) -> dict[str, Any]:
         """All randomness of one update, of either network: besides flow matching's, ``local`` (the level of the
         student's input), ``level`` in [0, 1) (for that of the comparison) and ``simulated`` as [B, G], and per column
-        the ``fresh`` noise [B, 1, h_i, w_i, C] of the stage's own size."""
+        the ``fresh`` noise [B, 1, h_i, w_i, C] of the stage's own size; with ``renew`` also noise ``again`` for own
+        steps, [B, most steps - 1, 1, h_i, w_i, C]."""
         key, uniform_key, normal_key = jax.random.split(key, 3)
         drawn = super().draws(key)
         level, simulated = jax.random.uniform(uniform_key, (2, *drawn["uniform"].shape))
@@ -116,8 +117,10 @@ class DmdRecipe(FlowRecipe):
         local = [few_step_levels(drawn["uniform"][:, group], n) for group, n in enumerate(steps)]
         channels = self.system.diffusion_transformer.in_channels
         shapes = [(*envelope.clips[-1], channels) for envelope in self.envelopes]
+        again = [(max(steps) - 1, *shape) for shape in shapes] if self.config.renew else []
+        arrays = normals(normal_key, level.shape[0], shapes + again)
         drawn |= {"local": jnp.stack(local, axis=1), "level": level, "simulated": simulated < self.config.simulated}
-        return drawn | {"fresh": normals(normal_key, level.shape[0], shapes)}
+        return drawn | {"fresh": arrays[: len(shapes)], "again": arrays[len(shapes) :]}
 
     def velocity(self, denoiser: Params, packed: Packed, remat: str = "none") -> list[Float[Array, "b t h w c"]]:
         """A denoiser's float32 answer for every column."""
@@ -135,7 +138,12 @@ class DmdRecipe(FlowRecipe):
         steps = [self.config.steps[stage] for stage in self.columns]
         if max(steps) == 1 or not self.config.simulated:
             return packed
-        own = own_steps(lambda asked: self.velocity(student, asked), packed, self.schedule, self.columns, steps)
+
+        def velocity(asked: Packed) -> list[Array]:
+            return self.velocity(student, asked)
+
+        noise = examples["again"] if self.config.renew else None
+        own = own_steps(velocity, packed, self.schedule, self.columns, steps, noise)
         simulated = jnp.moveaxis(examples["simulated"], 1, 0)
         chosen = [
             jnp.where(per_row(pick, z), z, each.clips[-1])

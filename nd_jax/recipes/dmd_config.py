@@ -41,6 +41,8 @@ class DmdRecipeConfig(FlowRecipeConfig):
     """Whether its squared norm is the sum over a sample (paper) or the mean."""
     simulated: float = 0.0
     """Share of rows whose input is reached by the student's own earlier steps in the stage, not taken from the data."""
+    renew: bool = False
+    """Sample the student with fresh noise after every step, and simulate its steps so; off for Euler steps (paper)."""
     ema_decay: float = 0.99
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
@@ -72,3 +74,5 @@ def check(config: DmdRecipeConfig, stages: int) -> None:
         )
     if config.cauchy_weight < 0:
         raise UserError(f"dmd: cauchy weight is {config.cauchy_weight}, expected at least 0")
+    if config.renew and not config.exact:
+        raise UserError("dmd: --recipe.renew puts noise on exact clean predictions; leave --recipe.exact on")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nd_jax.pyramid.clean import renewed_step
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.pyramid.targets import NoisyClip, per_row
 from nd_jax.recipes.packed import Packed
@@ -20,8 +21,10 @@ def own_steps(
     schedule: Schedule,
     stages: Sequence[int],
     steps: Sequence[int],
+    noise: Sequence[Float[Array, "b n t h w c"]] | None = None,
 ) -> list[Float[Array, "b t h w c"]]:
-    """Per column the latents at each row's own ``local`` level, after Euler steps from the start of its stage.
+    """Per column the latents at each row's own ``local`` level, after steps from the start of its stage: Euler steps,
+    or with ``noise`` (fresh for each of the ``max(steps) - 1`` steps) those of ``clean.renewed_step``.
 
     ``velocity`` is the student; ``stages`` and ``steps`` are the columns' stages and how many steps the student takes
     there on the plain grid, to which all levels belong. Rows whose level is reached wait for the others, so that one
@@ -36,7 +39,13 @@ def own_steps(
         times = [schedule.timestep(stage, s) for stage, s in zip(stages, levels, strict=True)]
         parts = zip(clips, examples, times, levels, strict=True)
         answers = velocity(packed.at([NoisyClip(z, each.target, t, s) for z, each, t, s in parts]))
-        moved = [z - v / n for z, v, n in zip(clips, answers, steps, strict=True)]
+        if noise is None:
+            moved = [z - v / n for z, v, n in zip(clips, answers, steps, strict=True)]
+        else:
+            moved = [
+                renewed_step(z, v, fresh[:, index], 1 - index / n, jnp.maximum(1 - (index + 1) / n, 0), schedule, stage)
+                for z, v, n, fresh, stage in zip(clips, answers, steps, noise, stages, strict=True)
+            ]
         early = [s > each.local + 0.5 / n for s, each, n in zip(levels, examples, steps, strict=True)]
         return [jnp.where(per_row(e, z), m, z) for e, m, z in zip(early, moved, clips, strict=True)]
 
