@@ -7,6 +7,7 @@ distributed like the data at every stage. Mistakes that a loss curve does not sh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ import numpy as np
 import optax
 import pytest
 
-from nd_jax.pyramid.clean import clean_prediction, renoised
+from nd_jax.pyramid.clean import clean_prediction, renewed_step, renoised
 from nd_jax.pyramid.resample import halve
-from nd_jax.pyramid.schedule import Schedule
+from nd_jax.pyramid.schedule import Schedule, euler_step
 from nd_jax.pyramid.targets import NoisyClip, per_row, per_sample_loss, stage_pair
 from nd_jax.recipes.dmd_loss import error_weights, even_levels, matching_loss, mean_size
 
@@ -165,12 +166,17 @@ def test_the_velocity_is_that_of_the_data():
             assert abs(product.mean()) < 5 * product.std() / np.sqrt(count), name
 
 
+@cache
+def students(name: str) -> tuple[dict, dict]:
+    """Before training, and after it for every mistake."""
+    trained = jax.jit(jax.vmap(lambda mistake: train(PROBLEMS[name], mistake, jax.random.key(0))))
+    return trained(jnp.arange(4))
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_only_the_right_rule_finds_the_data(name):
     """Distance of new samples from the data: small at the end, and not so after any of the mistakes."""
-    blocks = PROBLEMS[name]
-    trained = jax.jit(jax.vmap(lambda mistake: train(blocks, mistake, jax.random.key(0))))
-    before, after = trained(jnp.arange(4))
+    blocks, (before, after) = PROBLEMS[name], students(name)
     keys = jax.random.split(jax.random.key(1), 3)
     data, inner = (np.asarray(blocks.draw(key, SAMPLES)) for key in keys[:2])
     noise = jax.random.normal(keys[2], (SAMPLES, *BLOCK))
@@ -180,3 +186,20 @@ def test_only_the_right_rule_finds_the_data(name):
     assert found[RIGHT] < 0.2 * begun, (begun, found)
     assert found[MISTIMED] > 3 * found[RIGHT], (begun, found)
     assert not min(found[FLIPPED], found[SWAPPED]) < 5 * begun, (begun, found)
+
+
+@pytest.mark.parametrize("name", ["one mode, lowest stage", "one mode, middle stage"])
+def test_what_goes_to_the_next_stage_needs_fresh_noise(name):
+    """The clean predictions are right and made of the noise they began with: a stage's end must not keep that noise."""
+    blocks, student = PROBLEMS[name], jax.tree.map(lambda x: x[RIGHT], students(name)[1])
+    keys = jax.random.split(jax.random.key(2), 5)
+    data, inner = (blocks.draw(key, SAMPLES) for key in keys[:2])
+    begun, fresh, other = (jax.random.normal(key, (SAMPLES, *BLOCK)) for key in keys[2:])
+    _, end = stage_pair(blocks.schedule, blocks.stage, data, halve(data), other)
+    start = blocks.start(inner, begun)
+    velocity = answer(student, start, jnp.ones(SAMPLES))
+    renewed = renewed_step(start, velocity, fresh, 1.0, 0.0, blocks.schedule, blocks.stage)
+    euler = euler_step(start, velocity, 1.0, 0.0)
+    right, wrong = (wasserstein(np.asarray(x), np.asarray(end)) for x in (renewed, euler))
+    assert right < 0.05, (right, wrong)
+    assert wrong > 2 * right, (right, wrong)
