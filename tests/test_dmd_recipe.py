@@ -382,7 +382,14 @@ def test_the_paper_step_lowers_at_full_size():
     network = preset.system.diffusion_transformer
     system = dataclasses.replace(preset.system, diffusion_transformer=dataclasses.replace(network, num_layers=18))
     config = DmdRecipeConfig(
-        batch=64, stage_mix=(1, 2, 1), steps=(4, 4, 4), simulated=0.5, microbatches=2, remat="full", dtype="bfloat16"
+        batch=64,
+        stage_mix=(1, 2, 1),
+        steps=(4, 4, 4),
+        simulated=0.5,
+        renew=True,
+        microbatches=2,
+        remat="full",
+        dtype="bfloat16",
     )
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     made = DmdRecipe(
