@@ -129,9 +129,10 @@ def adam(learning_rate: float, steps: int) -> OptimConfig:
     )
 
 
-student = DmdRun(  # a first guess: neither rates nor length have been compared
+student = DmdRun(  # a first guess: neither rates nor weights nor length have been compared
     DmdRecipeConfig(
         batch=24,
+        cauchy_weight=0.1,
         stage_mix=(1, 1, 2),
         first_guidance=2.0,
         later_guidance=2.0,

@@ -37,6 +37,7 @@ LINEAR = OptimConfig(
 RECIPE = DmdRecipeConfig(
     batch=16,
     stage_mix=(0, 1, 0),
+    cauchy_weight=0.5,
     first_guidance=3.0,
     later_guidance=2.0,
     optim=LINEAR,
@@ -236,6 +237,11 @@ def test_a_step_is_the_one_computed_by_hand(renew):
         later = [row for row in scenes[1][stage::3] if row.unit]
         changes = [[np.abs(x - row.before).mean() for x in (row.clean(student), row.truth)] for row in later]
         np.testing.assert_allclose(metrics["motion"][f"stage_{stage}"], np.divide(*np.sum(changes, axis=0)), rtol=1e-4)
+    pulls = [w * np.abs(d).mean() for (d, _), w in zip(judged, weights, strict=True)]
+    np.testing.assert_allclose(metrics["pull"]["matching"], np.mean(pulls), rtol=1e-4)
+    errors = [row.clean(student) - row.truth for row in scenes[1]]
+    pulls = [np.abs(e).mean() * e.size / (1 + np.square(e).sum()) for e in errors]
+    np.testing.assert_allclose(metrics["pull"]["cauchy"], 0.5 * np.mean(pulls), rtol=1e-4)
     np.testing.assert_allclose(metrics["weight"]["max"], weights.max(), rtol=1e-4)
 
 

@@ -67,7 +67,7 @@ class DmdRecipe(FlowRecipe):
     the fake begins as the student. The teacher may have more blocks. It rests in the compute dtype.
 
     History is the data's, corrupted as in flow matching; a student trained so has never seen its own. Units that the
-    student generated would replace ``latents`` in the examples of ``step``.
+    student generated would replace the earlier ones of ``latents`` in the examples of ``step``.
 
     Raises UserError for settings that cannot be, and for a student without denoiser.
     """
@@ -192,8 +192,8 @@ class DmdRecipe(FlowRecipe):
 
         Per column: the student's ``input`` and the ``teacher``'s and ``fake``'s velocities. As [B, G]: sizes (mean
         absolute values) of ``direction``, ``v_teacher - v_fake``, of both networks' distances from the velocity of
-        the renoised prediction, ``teacher_error`` and ``fake_error``, and of the change from the previous frame,
-        ``motion`` and ``data_motion``.
+        the renoised prediction, ``teacher_error`` and ``fake_error``, of the change from the previous frame,
+        ``motion`` and ``data_motion``, and of the Cauchy term's gradient, times the sample's size, ``cauchy``.
         """
         packed = self.inputs(student, examples)
         clean, truth = self.clean(student, packed), [each.clean for each in packed.examples]
@@ -215,6 +215,9 @@ class DmdRecipe(FlowRecipe):
             name: jnp.stack([mean_size(a - b) for a, b in zip(*pair, strict=True)], axis=1)
             for name, pair in pairs.items()
         }
+        regress = jax.grad(lambda z, z_i: jnp.sum(cauchy_loss(z, z_i, self.config.cauchy_reduction)))
+        pulls = [mean_size(regress(z, z_i)) * z[0].size for z, z_i in zip(clean, truth, strict=True)]
+        sizes["cauchy"] = jnp.stack(pulls, axis=1)
         return {"input": [each.clips[-1] for each in packed.examples], "teacher": known, "fake": found, **sizes}
 
     def loss(self, params: Params, examples: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
@@ -262,5 +265,7 @@ class DmdRecipe(FlowRecipe):
             group = np.flatnonzero(np.equal(self.columns, stage))
             sizes = (judged[name][:, group] for name in ("motion", "data_motion"))
             metrics["motion"][f"stage_{stage}"] = motion_ratio(*sizes, examples["unit"][:, group])
+        pulls = {"matching": weight * judged["direction"], "cauchy": config.cauchy_weight * judged["cauchy"]}
+        metrics["pull"] = jax.tree.map(jnp.mean, pulls)
         metrics |= {"weight": {"mean": jnp.mean(weight), "max": jnp.max(weight)}, "fake": fakes, "optim": optim}
         return state.replace(fake=fake, fake_opt_state=fake_opt_state), metrics

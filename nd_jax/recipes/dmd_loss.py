@@ -69,7 +69,8 @@ def matching_loss(
     """A loss whose gradient with respect to ``clean`` is ``w (v_teacher - v_fake)`` over the sample's size.
 
     ``0.5 mean((z^ - stop(z^ - w (v_teacher - v_fake)))^2)``: half the mean square of the direction it moves ``z^`` in.
-    The division by the size makes it comparable with ``cauchy_loss``, whose gradient shrinks with the size as well.
+    The division lets a sample count the same at any resolution. The paper gives the gradient without it; whether its
+    other term is to be divided likewise it does not say (see ``cauchy_loss``).
     """
     direction = per_row(weight, clean) * (teacher.astype(jnp.float32) - fake.astype(jnp.float32))
     clean = clean.astype(jnp.float32)
@@ -82,8 +83,10 @@ def cauchy_loss(
 ) -> Float[Array, " b"]:
     """``0.5 log(1 + ||z^ - z_i||^2)``, a regression to the data that large errors do not dominate.
 
-    The squared norm is the ``sum`` over the sample, as the paper writes it (its gradient is then about the same for
-    near and far predictions), or the ``mean``, which depends on the error's size alone at every resolution.
+    The squared norm is the ``sum`` over the sample, as the paper writes it, or the ``mean``. For errors of root mean
+    square ``e`` in samples of size D the gradient is about 1 / (D e) per value for the sum, whatever D, and
+    e / (D (1 + e^2)) for the mean; that of ``matching_loss`` is w |v_teacher - v_fake| / D. Read literally, the paper's
+    two gradients are w |v_teacher - v_fake| and 1 / (D e): a Cauchy weight of 1 / D here.
     """
     square = jnp.square(clean.astype(jnp.float32) - target.astype(jnp.float32))
     reduce = {"sum": jnp.sum, "mean": jnp.mean}[reduction]
