@@ -44,6 +44,7 @@ def go(tiny, tiny_folder, tmp_path, monkeypatch):
     return partial(distil_steps, preset, "student", run, tmp_path / "run", **options, quiet=True)
 
 
+@pytest.mark.heavy
 def test_a_pruned_system_learns_from_the_whole_one(go, tiny, tiny_folder, tmp_path):
     """The folder that comes out says by itself how it is sampled, and which blocks it has."""
     pruned, kept = without_blocks(tiny, (1,))

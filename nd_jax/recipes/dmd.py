@@ -28,6 +28,7 @@ from nd_jax.models.system import DENOISER, Conditions, SystemConfig, TextTokens,
 from nd_jax.pyramid.clean import clean_prediction, renoised
 from nd_jax.pyramid.targets import NoisyClip, per_row, per_sample_loss
 from nd_jax.recipes.dmd_config import DmdRecipeConfig, check
+from nd_jax.recipes.dmd_diagnostics import previous_frame, row_sizes, summary
 from nd_jax.recipes.dmd_loss import (
     cauchy_loss,
     error_weights,
@@ -35,10 +36,8 @@ from nd_jax.recipes.dmd_loss import (
     few_step_levels,
     guided,
     matching_loss,
-    mean_size,
 )
 from nd_jax.recipes.flow_matching import FlowRecipe, normals
-from nd_jax.recipes.motion import motion_ratio, previous_frame
 from nd_jax.recipes.own_steps import own_steps
 from nd_jax.recipes.packed import Packed
 from nd_jax.recipes.recovery import at_rest
@@ -190,35 +189,27 @@ class DmdRecipe(FlowRecipe):
     def judge(self, examples: dict[str, Any], student: Params, fake: Params, frozen: Params) -> dict[str, Any]:
         """What teacher and fake say of the student's predictions.
 
-        Per column: the student's ``input`` and the ``teacher``'s and ``fake``'s velocities. As [B, G]: sizes (mean
-        absolute values) of ``direction``, ``v_teacher - v_fake``, of both networks' distances from the velocity of
-        the renoised prediction, ``teacher_error`` and ``fake_error``, of the change from the previous frame,
-        ``motion`` and ``data_motion``, and of the Cauchy term's gradient, times the sample's size, ``cauchy``.
+        Per column the student's ``input`` and the ``teacher``'s and ``fake``'s velocities, and ``sizes``, see
+        ``row_sizes``.
         """
         packed = self.inputs(student, examples)
-        clean, truth = self.clean(student, packed), [each.clean for each in packed.examples]
+        clean = self.clean(student, packed)
         clips = self.renoised(clean, examples, even_levels(examples["level"], self.config.levels))
-        found = self.velocity(fake[DENOISER], packed.at(clips))
-        known = self.teacher_velocity(frozen, examples, clips)
-        targets = [clip.target for clip in clips]
+        answers = {
+            "teacher": self.teacher_velocity(frozen, examples, clips),
+            "fake": self.velocity(fake[DENOISER], packed.at(clips)),
+        }
         columns = enumerate(zip(self.columns, self.column_latents(examples), strict=True))
         unit, stages = examples["unit"], self.schedule.stages
-        before = [previous_frame(latents, unit[:, group], stage, stages) for group, (stage, latents) in columns]
-        pairs = {
-            "direction": (known, found),
-            "teacher_error": (known, targets),
-            "fake_error": (found, targets),
-            "motion": (clean, before),
-            "data_motion": (truth, before),
-        }
-        sizes = {
-            name: jnp.stack([mean_size(a - b) for a, b in zip(*pair, strict=True)], axis=1)
-            for name, pair in pairs.items()
-        }
-        regress = jax.grad(lambda z, z_i: jnp.sum(cauchy_loss(z, z_i, self.config.cauchy_reduction)))
-        pulls = [mean_size(regress(z, z_i)) * z[0].size for z, z_i in zip(clean, truth, strict=True)]
-        sizes["cauchy"] = jnp.stack(pulls, axis=1)
-        return {"input": [each.clips[-1] for each in packed.examples], "teacher": known, "fake": found, **sizes}
+        sizes = row_sizes(
+            **answers,
+            target=[clip.target for clip in clips],
+            clean=clean,
+            truth=[each.clean for each in packed.examples],
+            before=[previous_frame(latents, unit[:, group], stage, stages) for group, (stage, latents) in columns],
+            reduction=self.config.cauchy_reduction,
+        )
+        return {"input": [each.clips[-1] for each in packed.examples], **answers, "sizes": sizes}
 
     def loss(self, params: Params, examples: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
         """The student's loss, for examples that hold what ``judge`` gives and ``weight`` [B, G]."""
@@ -253,19 +244,13 @@ class DmdRecipe(FlowRecipe):
 
         examples |= jax.tree.map(lambda x: x[-1], draws)
         judged = self._judge(examples, student, fake, state.frozen)
-        weight = error_weights(judged["teacher_error"], config.weighting, config.weight_floor)
+        weight = error_weights(judged["sizes"]["teacher_error"], config.weighting, config.weight_floor)
         grads, metrics = self._grads({DENOISER: student}, examples | judged | {"weight": weight})
         # The optimizer expects a gradient for everything in params; frozen text has none.
         grads = jax.tree.map(jnp.zeros_like, state.params) | grads
         state, optim = state.advance(grads, self.optimizer, ema_decay=config.ema_decay)
-        for name in ("direction", "teacher_error", "fake_error"):
-            metrics[name] = self.stage_means(list(judged[name].T))
-        metrics["motion"] = {}
-        for stage in sorted(set(self.columns)):
-            group = np.flatnonzero(np.equal(self.columns, stage))
-            sizes = (judged[name][:, group] for name in ("motion", "data_motion"))
-            metrics["motion"][f"stage_{stage}"] = motion_ratio(*sizes, examples["unit"][:, group])
-        pulls = {"matching": weight * judged["direction"], "cauchy": config.cauchy_weight * judged["cauchy"]}
-        metrics["pull"] = jax.tree.map(jnp.mean, pulls)
-        metrics |= {"weight": {"mean": jnp.mean(weight), "max": jnp.max(weight)}, "fake": fakes, "optim": optim}
+        told = summary(
+            judged["sizes"], weight, examples["unit"], stages=self.columns, cauchy_weight=config.cauchy_weight
+        )
+        metrics |= {**told, "fake": fakes, "optim": optim}
         return state.replace(fake=fake, fake_opt_state=fake_opt_state), metrics
