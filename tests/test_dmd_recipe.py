@@ -38,8 +38,7 @@ RECIPE = DmdRecipeConfig(
     batch=16,
     stage_mix=(0, 1, 0),
     cauchy_weight=0.5,
-    first_guidance=3.0,
-    later_guidance=2.0,
+    renew=True,
     optim=LINEAR,
     fake_optim=LINEAR,
 )
@@ -178,13 +177,15 @@ class ByHand:
         return np.array([(pull * self.sharpened(-self.scale(self.local) * part)).sum() for part in parts])
 
 
-@pytest.mark.parametrize("renew", [False, True])
-def test_a_step_is_the_one_computed_by_hand(renew):
-    """All stages, data and own steps, both kinds of guidance: sign and size of both networks' gradients.
+@pytest.mark.parametrize(("renew", "guidance"), [(False, (3.0, 2.0)), (True, (1.0, 1.0))])
+def test_a_step_is_the_one_computed_by_hand(renew, guidance):
+    """All stages, data and own steps, with guidance for first and later units and without: both networks' gradients.
 
     In two microbatches: the student must see the fake that was just updated, and weights are those of the whole batch.
     """
-    made = recipe(batch=24, stage_mix=(1, 1, 1), steps=(4, 2, 1), simulated=0.5, fake_updates=1, microbatches=2)
+    guided = {"first_guidance": guidance[0], "later_guidance": guidance[1]}
+    stages = {"batch": 24, "stage_mix": (1, 1, 1), "steps": (4, 2, 1), "microbatches": 2}
+    made = recipe(**stages, **guided, simulated=0.5, renew=renew, fake_updates=1)
     rng = np.random.Generator(np.random.Philox(1))
     rows, groups = 8, 3
     pooled = rng.standard_normal((rows, groups, 5)).astype(np.float32)
