@@ -4,12 +4,15 @@ Learning rate, Adam's betas, weight decay, warm-up, clipping, stage mix, history
 teacher are Pyramid-Flow's published ones. Of pruning and recovery the paper says: importance over 100 prompts and 5
 samples, 6 of 24 blocks removed, a first stage that converges in about 300 steps, a second one of 60 000. Batch sizes,
 learning rates, the weights of the losses and everything else about recovery are ours. Of text distillation: the
-networks, replace mode, MSE + 0.1 (1 - cos) over valid tokens, about 1.4 million prompts; the rest is ours.
+networks, replace mode, MSE + 0.1 (1 - cos) over valid tokens, about 1.4 million prompts; the rest is ours. Of step
+distillation: 1-1-1 steps, two fake updates for each of the student's, four levels, the Cauchy term with its sum; the
+rest is ours, rates, batch and length after what others use.
 Commands: nd-jax prune importance TEACHER --prompts 100 --samples 5 --prompt-file PROMPTS --out SCORES
           nd-jax prune apply TEACHER --count 6 --scores SCORES --out PRUNED
           nd-jax train neodragon_320p text --teacher PYRAMID_FLOW --start DT5 --prompts PROMPTS --out RUN
           nd-jax train neodragon_320p decoder --codec NATIVE --data DATA --lpips vgg.safetensors --out RUN
           nd-jax train neodragon_320p recovery_2 --start PRUNED --teacher TEACHER --latents LATENTS --out RUN
+          nd-jax train neodragon_320p student --start RECOVERED --teacher TEACHER --latents LATENTS --out RUN
 """
 
 import dataclasses
@@ -22,8 +25,9 @@ from nd_jax.models.system import SystemConfig
 from nd_jax.models.t5 import T5Config
 from nd_jax.pyramid.sampler import MONOLITHIC
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
+from nd_jax.recipes.dmd_config import DmdRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
-from nd_jax.recipes.preset import DecoderRun, FlowRun, Preset, RecoveryRun, TextDistillRun, VideoConfig
+from nd_jax.recipes.preset import DecoderRun, DmdRun, FlowRun, Preset, RecoveryRun, TextDistillRun, VideoConfig
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_distillation import TextDistillConfig
 from nd_jax.training.loop import LoopConfig
@@ -80,6 +84,29 @@ decoder = DecoderRun(
     LoopConfig(steps=20_000, save_every=500, log_every=10),
 )
 
+adam = OptimConfig(schedule="constant", warmup_steps=1, b1=0.0, b2=0.999, weight_decay=0.0)  # ours
+student = DmdRun(
+    DmdRecipeConfig(
+        batch=64,  # ours
+        stage_mix=(1, 2, 1),  # ours
+        steps=(1, 1, 1),
+        fake_updates=2,
+        levels=4,
+        cauchy_weight=1.0,  # of our mean over the sample; read literally the paper's is smaller, see dmd_loss.py
+        cauchy_reduction="sum",
+        exact=True,  # ours; the paper's form is off
+        weighting="normalised",  # ours; the paper's is raw
+        first_guidance=7.0,  # ours: what the teacher is sampled with
+        later_guidance=5.0,  # ours, likewise
+        ema_decay=0.99,  # ours
+        remat="full",
+        dtype="bfloat16",
+        optim=dataclasses.replace(adam, learning_rate=2e-6),  # ours
+        fake_optim=dataclasses.replace(adam, learning_rate=4e-7),  # ours
+    ),
+    LoopConfig(steps=4000, save_every=250, log_every=10),  # ours
+)
+
 PRESET = Preset(
     name="neodragon_320p",
     system=SystemConfig(
@@ -102,5 +129,6 @@ PRESET = Preset(
             recipe=RecoveryRecipeConfig(**vars(recovery.recipe), normalise=True),  # ours
             loop=LoopConfig(steps=60_000, save_every=1000, log_every=10),
         ),
+        "student": student,
     },
 )

@@ -13,10 +13,12 @@ from nd_jax.models.system import SystemConfig
 from nd_jax.models.t5 import T5Config
 from nd_jax.recipes.codec import CodecRecipeConfig
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
+from nd_jax.recipes.dmd_config import DmdRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
 from nd_jax.recipes.preset import (
     CodecRun,
     DecoderRun,
+    DmdRun,
     FlowRun,
     Preset,
     RecoveryRun,
@@ -113,6 +115,34 @@ text_student = TextDistillRun(  # 140 928 parameters, of which the adapter 20 67
     loop=LoopConfig(steps=6000, save_every=1000, log_every=25),
 )
 
+
+def adam(learning_rate: float, steps: int) -> OptimConfig:
+    """For distribution matching: no momentum, since the loss moves along with the networks."""
+    return OptimConfig(
+        learning_rate=learning_rate,
+        schedule="linear",
+        warmup_steps=20,
+        decay_steps=steps,
+        b1=0.0,
+        b2=0.99,
+        weight_decay=0.0,
+    )
+
+
+student = DmdRun(  # a first guess: neither rates nor weights nor length have been compared
+    DmdRecipeConfig(
+        batch=24,
+        cauchy_weight=0.1,
+        stage_mix=(1, 1, 2),
+        first_guidance=2.0,
+        later_guidance=2.0,
+        ema_decay=0.98,
+        optim=adam(1e-4, 600),
+        fake_optim=adam(3e-4, 1200),
+    ),
+    LoopConfig(steps=600, save_every=100, log_every=10),
+)
+
 PRESET = Preset(
     name="shapes_base",
     system=system,
@@ -155,5 +185,6 @@ PRESET = Preset(
             ),
             loop=LoopConfig(steps=500, save_every=250, log_every=25),
         ),
+        "student": student,
     },
 )

@@ -20,7 +20,7 @@ from nd_jax.models.causal_vae import posterior
 from nd_jax.models.system import CODEC, DENOISER, Conditions
 from nd_jax.pixels import from_uint8, to_uint8
 from nd_jax.pyramid.layout import REAL, envelopes, layout_arrays, legal_multiple
-from nd_jax.pyramid.noise import block_noise_source, draw_initial_noise, draw_noise
+from nd_jax.pyramid.noise import block_noise_source, draw_initial_noise, draw_noise, fresh_noise_source
 from nd_jax.pyramid.sampler import CountingJit, SamplePlan, guide, sample, twice
 from nd_jax.recipes.pruning import influence_reducer
 from nd_jax.system import VideoSystem
@@ -31,12 +31,13 @@ PIXEL_LIMIT = 1 << 27
 
 @dataclass(frozen=True)
 class Noise:
-    """All random numbers of a batch: initial noise [B, U, h, w, C] at full size, block noise by (unit, stage), and the
-    posterior's noise of a given first frame [B, 1, h, w, C]."""
+    """All random numbers of a batch: initial noise [B, U, h, w, C] at full size, block noise by (unit, stage), the
+    posterior's noise of a given first frame [B, 1, h, w, C], and fresh noise by (unit, stage, step)."""
 
     initial: Float[np.ndarray, "b u h w c"]
     block: Sequence[Array] | Callable[[int, int], Array]
     first: Float[np.ndarray, "b 1 h w c"] | None = None
+    fresh: Callable[[int, int, int], Array] | None = None
 
 
 def needs_negative(plan: SamplePlan) -> bool:
@@ -102,6 +103,7 @@ class Generator:
             draw_initial_noise(seed, samples, count, *size, self.channels),
             block_noise_source(seed, samples, self.envelopes, self.channels, self.system.schedule.gamma),
             np.stack([draw_noise(seed, f"{n}/first", (1, *size, self.channels)) for n in samples]),
+            fresh_noise_source(seed, samples, self.envelopes, self.channels),
         )
 
     def latents(
@@ -143,6 +145,7 @@ class Generator:
             plan,
             noise.initial,
             noise.block,
+            fresh_noise=noise.fresh,
             first_latent=first_latent,
             trace=trace,
         )

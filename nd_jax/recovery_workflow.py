@@ -70,15 +70,21 @@ def check_pair(student: VideoSystem, teacher: VideoSystem) -> None:
             f"{teacher.folder or 'recovery'}: a teacher of {depth} blocks, the student was cut out of one of "
             f"{student.kept_blocks[-1] + 1}; expected the system that was pruned"
         )
-    smaller = dataclasses.replace(teacher.config.diffusion_transformer, num_layers=len(student.kept_blocks))
-    parts = [part for part in TEXT_PARTS if getattr(teacher.config, part) != getattr(student.config, part)]
-    parts += [DENOISER] if smaller != student.config.diffusion_transformer else []
-    parts = parts or [part for part in TEXT_PARTS if not _same(student.params.get(part), teacher.params.get(part))]
+    parts = different_parts(student, teacher)
     if parts:
         raise UserError(
             f"{student.folder or 'recovery'}: {', '.join(parts)} is not the teacher's; expected the same text encoders "
             "and, but for the removed blocks, the same denoiser"
         )
+
+
+def different_parts(student: VideoSystem, teacher: VideoSystem) -> list[str]:
+    """Text encoders that differ in settings or numbers, and the denoiser if more than its depth differs in shape."""
+    depth = student.config.diffusion_transformer.num_layers
+    like = dataclasses.replace(teacher.config.diffusion_transformer, num_layers=depth)
+    parts = [part for part in TEXT_PARTS if getattr(teacher.config, part) != getattr(student.config, part)]
+    parts += [DENOISER] if like != student.config.diffusion_transformer else []
+    return parts or [part for part in TEXT_PARTS if not _same(student.params.get(part), teacher.params.get(part))]
 
 
 def _same(one: object, two: object) -> bool:

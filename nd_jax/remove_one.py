@@ -84,7 +84,8 @@ class OutputError:
 
                 return run
 
-            sample(velocity, generator.envelopes, system.schedule, asked, noise.initial, noise.block)
+            draws = noise.initial, noise.block
+            sample(velocity, generator.envelopes, system.schedule, asked, *draws, fresh_noise=noise.fresh)
             for stage, errors in enumerate(found):
                 sums[stage] += np.sum(np.asarray(errors, np.float64), axis=(0, 2))
                 counts[stage] += len(errors) * errors[0].shape[1]

@@ -135,9 +135,27 @@ def test_prompt_and_seed_fix_the_video_whatever_the_batch(tiny, tiny_generator, 
     pair, one = tiny_generator.noise(3, [0, 1]), tiny_generator.noise(3, [1])
     np.testing.assert_array_equal(one.initial[0], pair.initial[1])
     np.testing.assert_array_equal(one.block(1, 2)[0], pair.block(1, 2)[1])
+    np.testing.assert_array_equal(one.fresh(1, 2, 0)[0], pair.fresh(1, 2, 0)[1])
     np.testing.assert_array_equal(one.first[0], pair.first[1])
     whole, alone = (velocity_of(tiny, tiny_generator, pair.initial, rows) for rows in (slice(0, 2), slice(1, 2)))
     np.testing.assert_allclose(alone[0], whole[1], rtol=0, atol=1e-4)
+
+
+def test_fresh_noise_belongs_to_every_place_where_it_is_used(tiny, tiny_generator):
+    """A plan that renews its noise draws it from the seed, unlike anywhere else, and makes another video."""
+    noise, (conditions, _) = tiny_generator.noise(3, [0]), tiny.conditions(PROMPTS[:1])
+    draws = {place: noise.fresh(*place) for place in ((1, 1, 0), (1, 1, 1), (1, 2, 0), (2, 1, 0), (0, 1, 0))}
+    assert all(draw.shape == (1, 1, *tiny_generator.envelopes[0].size(place[1]), 4) for place, draw in draws.items())
+    numbers = [draw.ravel()[:8].tobytes() for draw in [*draws.values(), noise.block(1, 1), noise.block(1, 2)]]
+    assert len(set(numbers)) == len(numbers)
+    plan = SamplePlan((1, 1, 1), (1, 1, 1), grid="plain")
+    plain, renewed, again = (
+        np.asarray(tiny_generator.latents(conditions, noise, dataclasses.replace(plan, renew=renew)))
+        for renew in (False, True, True)
+    )
+    np.testing.assert_array_equal(again, renewed)
+    assert (renewed != plain).any()
+    assert np.isfinite(renewed).all()
 
 
 def velocity_of(tiny, generator, z: np.ndarray, rows: slice, negative: Conditions | None = None, scale: float = 1.0):

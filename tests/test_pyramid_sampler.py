@@ -99,8 +99,8 @@ def exact_denoiser(stages, schedule, clean):
 
 
 @pytest.mark.parametrize("frames_per_unit", [1, 2])
-@pytest.mark.parametrize("grid", ["plain", "official"])
-def test_an_exact_denoiser_arrives(frames_per_unit, grid):
+@pytest.mark.parametrize(("grid", "renew"), [("plain", False), ("official", False), ("plain", True)])
+def test_an_exact_denoiser_arrives(frames_per_unit, grid, renew):
     rng = np.random.Generator(np.random.Philox(6))
     frames = 1 + 2 * frames_per_unit
     clean, noise = rng.standard_normal((2, 2, frames, 8, 8, 3), dtype=np.float32)
@@ -108,9 +108,23 @@ def test_an_exact_denoiser_arrives(frames_per_unit, grid):
     draws = lambda unit, stage: rng.standard_normal(  # noqa: E731
         (2, 1 if unit == 0 else frames_per_unit, *stages[0].size(stage), 3), dtype=np.float32
     )
-    plan = SamplePlan((2, 1, 3), (1, 2, 2), grid=grid)
-    out = sample(exact_denoiser(stages, schedule, clean), stages, schedule, plan, noise, draws)
+    plan, asked = SamplePlan((2, 1, 3), (1, 2, 2), grid=grid, renew=renew), []
+
+    def fresh(*place: int) -> np.ndarray:
+        asked.append(place)
+        return draws(*place[:2])
+
+    out = sample(exact_denoiser(stages, schedule, clean), stages, schedule, plan, noise, draws, fresh_noise=fresh)
+    counts = [(unit, stage, n) for unit in range(3) for stage, n in enumerate((1, 2, 2) if unit else (2, 1, 3))]
+    places = [(unit, stage, step) for unit, stage, n in counts for step in range(n - (stage == 2))]
+    assert asked == (places if renew else []), "the last step of all needs none"
     np.testing.assert_allclose(out, clean, rtol=0, atol=1e-4)
+
+
+def test_a_plan_that_renews_needs_noise():
+    plan, stages = SamplePlan((1, 1, 1), (1, 1, 1), renew=True), envelopes(1, 0, 8, 8)
+    with pytest.raises(UserError, match="no fresh_noise"):
+        sample(lambda _: None, stages, Schedule(), plan, np.ones((1, 1, 8, 8, 1), np.float32), [])
 
 
 def test_three_programs_for_any_number_of_frames():

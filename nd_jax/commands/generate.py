@@ -135,7 +135,7 @@ def changed_plan(
     counts = given(first_steps, steps, plan.first_steps), given(steps, plan.later_steps)
     if {len(each) for each in counts} != {stages}:
         raise UserError(f"generate: steps {counts[0]} and {counts[1]}, expected {stages} numbers, one for each stage")
-    return SamplePlan(*counts, *scales, given(grid, plan.grid))
+    return SamplePlan(*counts, *scales, given(grid, plan.grid), plan.renew)
 
 
 def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:

@@ -11,6 +11,7 @@ from nd_jax.commands.console import say
 from nd_jax.commands.train_options import (
     CodecOptions,
     DecoderOptions,
+    DmdOptions,
     FlowOptions,
     Options,
     RecoveryOptions,
@@ -21,6 +22,7 @@ from nd_jax.errors import UserError
 from nd_jax.recipes.preset import (
     CodecRun,
     DecoderRun,
+    DmdRun,
     FlowRun,
     Preset,
     RecoveryRun,
@@ -42,6 +44,7 @@ def train(preset: str, run: str, options: Options) -> int:
         TextDistillOptions: _distil_text,
         FlowOptions: _train_flow,
         RecoveryOptions: _recover,
+        DmdOptions: _distil_steps,
     }[type(options)]
     outcome, result = work(load_preset(preset), run, options)
     say(f"stopped at step {outcome.step} ({outcome.reason}), {outcome.seconds:.0f} s")
@@ -188,6 +191,30 @@ def _recover(preset: Preset, run: str, options: RecoveryOptions) -> tuple[Any, P
     return outcome, options.out / "system"
 
 
+def _distil_steps(preset: Preset, run: str, options: DmdOptions) -> tuple[Any, Path]:
+    from nd_jax.converters.folders import load_folder
+    from nd_jax.dmd_workflow import distil_steps
+    from nd_jax.models.system import CODEC
+    from nd_jax.system import load_system, save_system
+
+    start = load_system(options.start)
+    folder = load_folder(start.folder)
+    outcome, system = distil_steps(
+        preset,
+        run,
+        options.settings,
+        options.out,
+        start=start,
+        teacher=None if options.teacher is None else load_system(options.teacher),
+        latents=options.latents,
+        codec_folder=folder.components[CODEC],
+        tokenizers=dict(folder.tokenizers),
+    )
+    if system is not None:
+        save_system(options.out / "system", system, dict(folder.tokenizers), overwrite=True)
+    return outcome, options.out / "system"
+
+
 def resolve(arguments: Sequence[str]) -> tuple[Callable, Sequence[str], str, Callable[[Any], int]]:
     """What the words after ``nd-jax train`` stand for: options, remaining words, name of the command, and the work.
 
@@ -211,6 +238,7 @@ def resolve(arguments: Sequence[str]) -> tuple[Callable, Sequence[str], str, Cal
         TextDistillRun: TextDistillOptions,
         FlowRun: FlowOptions,
         RecoveryRun: RecoveryOptions,
+        DmdRun: DmdOptions,
     }
     options = kinds[type(settings)]
     return partial(options, settings=settings), arguments[2:], "nd-jax train " + " ".join(words), partial(train, *words)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from nd_jax.recipes.preset import CodecRun, DecoderRun, FlowRun, RecoveryRun, TextDistillRun, TextRun
+from nd_jax.recipes.preset import CodecRun, DecoderRun, DmdRun, FlowRun, RecoveryRun, TextDistillRun, TextRun
 
 
 @dataclass(frozen=True)
@@ -118,4 +118,19 @@ class RecoveryOptions:
     """Leave the first stage out."""
 
 
-Options = CodecOptions | DecoderOptions | TextOptions | TextDistillOptions | FlowOptions | RecoveryOptions
+@dataclass(frozen=True)
+class DmdOptions:
+    """Distil a many-step system into one that samples in a few steps. Run the same command again to resume."""
+
+    out: Path
+    """Folder for checkpoints, metrics and the result, out/system."""
+    settings: Annotated[DmdRun, arg(name="")]
+    start: Path
+    """Many-step system that student and fake begin as, such as one that was pruned and recovered."""
+    latents: tuple[Path, ...]
+    """Folder of `nd-jax data latents`; one for each share of --recipe.size-mix."""
+    teacher: Path | None = None
+    """System to learn from, if it is not --start: with the same text encoders, and as many or more blocks."""
+
+
+Options = CodecOptions | DecoderOptions | TextOptions | TextDistillOptions | FlowOptions | RecoveryOptions | DmdOptions

@@ -12,7 +12,7 @@ from nd_jax.pyramid.history import corrupt, exact_history, gather_history
 from nd_jax.pyramid.layout import Envelope, UnitIndex, clip_times, unit_frames
 from nd_jax.pyramid.resample import latent_pyramid, noise_at_level
 from nd_jax.pyramid.schedule import Schedule
-from nd_jax.pyramid.targets import noisy_clip
+from nd_jax.pyramid.targets import clip_at, noisy_clip
 
 
 class FlowExample(NamedTuple):
@@ -20,7 +20,8 @@ class FlowExample(NamedTuple):
 
     ``clips``: corrupted history (oldest first) and the noisy current clip, ready for the denoiser; ``target``: velocity
     of the current clip; ``timestep`` and ``local`` (noise within the stage): [B] float32; ``valid``: 1 for real frames
-    of the current clip, [B or 1, T] (0 only in front of unit 0 when units have several frames).
+    of the current clip, [B or 1, T] (0 only in front of unit 0 when units have several frames); ``clean``: the current
+    clip without noise, at the stage's resolution.
     """
 
     clips: tuple[Float[Array, "b t _ _ c"], ...]
@@ -28,6 +29,7 @@ class FlowExample(NamedTuple):
     timestep: Float[Array, " b"]
     local: Float[Array, " b"]
     valid: Float[Array, "b t"]
+    clean: Float[Array, "b t h w c"]
 
 
 def history_noise_shapes(envelope: Envelope, batch: int, channels: int) -> tuple[tuple[int, ...], ...]:
@@ -41,7 +43,8 @@ def flow_example(
     latents: Float[Array, "b t h w c"],
     unit_index: UnitIndex,
     *,
-    uniform: Float[Array, " b"],
+    uniform: Float[Array, " b"] | None = None,
+    local: Float[Array, " b"] | None = None,
     noise: Float[Array, "b f h w c"],
     corrupt_uniform: Float[Array, " b"] | None = None,
     history_noise: Sequence[Float[Array, "b t _ _ c"]] = (),
@@ -49,9 +52,10 @@ def flow_example(
 ) -> FlowExample:
     """A column in the padded envelope; ``unit_index`` (scalar or [B], the trained unit) may be traced and may differ.
 
-    ``latents`` are all clean normalised frames at full size; ``uniform`` draws in [0, 1) choose the local noise;
-    ``noise`` is white noise for the current unit at FULL size (``f = frames_per_unit``); ``history_noise`` has the
-    shapes of ``history_noise_shapes``. Without ``corrupt_uniform`` the history stays clean.
+    ``latents`` are all clean normalised frames at full size; ``uniform`` draws in [0, 1) choose the local noise from
+    the training tables, unless ``local`` gives it; ``noise`` is white noise for the current unit at FULL size
+    (``f = frames_per_unit``); ``history_noise`` has the shapes of ``history_noise_shapes``. Without
+    ``corrupt_uniform`` the history stays clean.
     """
     level = envelope.stage
     pyramid = latent_pyramid(latents, envelope.stages)
@@ -59,12 +63,14 @@ def flow_example(
     pick = jnp.maximum(times, 0)[..., None, None, None]
     clean = jnp.take_along_axis(pyramid[level], pick, axis=1, mode="clip")
     lower = jnp.take_along_axis(pyramid[level - 1], pick, axis=1, mode="clip") if level else None
-    current = noisy_clip(schedule, level, clean, lower, noise_at_level(noise, level, envelope.stages), uniform)
+    eps = noise_at_level(noise, level, envelope.stages)
+    make, how = (noisy_clip, uniform) if local is None else (clip_at, local)
+    current = make(schedule, level, clean, lower, eps, how)
     history = gather_history(envelope, pyramid, unit_index)
     if corrupt_uniform is not None:
         history = corrupt(history, history_noise, corrupt_uniform, corrupt_ratio)
     valid = (times >= 0).astype(jnp.float32)
-    return FlowExample((*history, current.noisy), current.target, current.timestep, current.local, valid)
+    return FlowExample((*history, current.noisy), current.target, current.timestep, current.local, valid, clean)
 
 
 def exact_example(
@@ -89,8 +95,9 @@ def exact_example(
     now = spans[-1]
     eps = noise_at_level(noise[:, now], stage, schedule.stages)
     lower = pyramid[stage - 1][:, now] if stage else None
-    current = noisy_clip(schedule, stage, pyramid[stage][:, now], lower, eps, uniform)
+    clean = pyramid[stage][:, now]
+    current = noisy_clip(schedule, stage, clean, lower, eps, uniform)
     history = exact_history([[level[:, span] for span in spans[:-1]] for level in pyramid], stage)
     history = corrupt(history, history_noise, corrupt_uniform, corrupt_ratio)
     valid = jnp.ones((1, eps.shape[1]))
-    return FlowExample((*history, current.noisy), current.target, current.timestep, current.local, valid)
+    return FlowExample((*history, current.noisy), current.target, current.timestep, current.local, valid, clean)

@@ -55,3 +55,17 @@ def block_noise_source(
         return block_noise(white, gamma)
 
     return draw
+
+
+def fresh_noise_source(
+    seed: int, samples: Sequence[int | str], envelopes: Sequence[Envelope], channels: int
+) -> Callable[[int, int, int], np.ndarray]:
+    """Function (unit, stage, step) -> white noise [len(samples), frames, h, w, channels], the draw
+    ``n/fresh/unit/stage/step``, for plans that renew their noise."""
+
+    def draw(unit: int, stage: int, step: int) -> np.ndarray:
+        frames, height, width = envelopes[stage].clips[-1]
+        shape = (1 if unit == 0 else frames, height, width, channels)
+        return np.stack([draw_noise(seed, f"{n}/fresh/{unit}/{stage}/{step}", shape) for n in samples])
+
+    return draw

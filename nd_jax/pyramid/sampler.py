@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nd_jax.errors import UserError
+from nd_jax.pyramid.clean import renewed_step
 from nd_jax.pyramid.history import gather_history
 from nd_jax.pyramid.layout import Envelope, unit_frames
 from nd_jax.pyramid.renoise import jump
@@ -44,7 +45,9 @@ class Velocity(Protocol):
 class SamplePlan:
     """Euler steps per stage and guidance; ``first`` for a unit without history, ``later`` for all others.
 
-    With a given first-frame latent every generated unit is a later one.
+    With a given first-frame latent every generated unit is a later one. With ``renew`` every step ends with fresh
+    noise on the clean prediction (``clean.renewed_step``) instead of an Euler step: for students of distribution
+    matching.
     """
 
     first_steps: tuple[int, ...]
@@ -52,6 +55,7 @@ class SamplePlan:
     first_guidance: float = 0.0
     later_guidance: float = 0.0
     grid: str = "official"
+    renew: bool = False
 
     def __post_init__(self):
         for name in ("first_steps", "later_steps"):
@@ -113,6 +117,7 @@ def guide(velocity: Float[Array, "2*b t h w c"], guidance: Any) -> Float[Array, 
 
 
 _euler = jax.jit(euler_step)
+_renew = jax.jit(renewed_step, static_argnames=("schedule", "stage"))
 _jump = jax.jit(jump, static_argnames=("schedule", "stage"))
 _noise_at_level = jax.jit(noise_at_level, static_argnames=("level", "stages"))
 _gather = jax.jit(gather_history, static_argnames=("envelope",))
@@ -166,6 +171,7 @@ def sample(
     initial_noise: Float[Array, "b t h w c"],
     block_noise: Sequence[Array] | Callable[[int, int], Array],
     *,
+    fresh_noise: Callable[[int, int, int], Array] | None = None,
     first_latent: Float[Array, "b 1 h w c"] | None = None,
     trace: Callable[[Call], None] | None = None,
 ) -> Float[Array, "b t h w c"]:
@@ -173,11 +179,14 @@ def sample(
 
     ``velocity(stage)`` gives the stage's denoiser; ``envelopes`` one per stage, with room for at least all units but
     the last. ``initial_noise`` is white, for all frames at full size; ``block_noise`` is a list in order of use or a
-    function (unit, stage) -> [B, frames of the unit, h, w, C], needed for every stage but the lowest. With
+    function (unit, stage) -> [B, frames of the unit, h, w, C], needed for every stage but the lowest. A plan that
+    renews its noise needs ``fresh_noise``, white of the same shapes: (unit, stage, step) -> noise. With
     ``first_latent`` (normalised) unit 0 is given and slice 0 of the noise is not used. ``trace`` is called after every
     denoiser call. Raises ``UserError`` for shapes that do not fit together.
     """
     units = _check(envelopes, schedule, plan, initial_noise, first_latent)
+    if plan.renew and fresh_noise is None:
+        raise UserError("sampling: the plan renews its noise at every step, but no fresh_noise was given")
     top, batch, channels = envelopes[-1], initial_noise.shape[0], initial_noise.shape[-1]
     dtype = jax.dtypes.canonicalize_dtype(initial_noise.dtype)
     draw_block = _block_noise_function(block_noise)
@@ -208,7 +217,10 @@ def sample(
             for step, (t, s, s_next) in enumerate(_steps(schedule, stage, counts[stage], plan.grid, dtype)):
                 before, timestep = z, jnp.full((batch,), t)
                 v = denoise(z, timestep, history, index, guidance)
-                z = _euler(z, v, s, s_next)
+                if plan.renew and (s_next > 0 or stage + 1 < schedule.stages):
+                    z = _renew(z, v, fill(fresh_noise(unit, stage, step)), s, s_next, schedule=schedule, stage=stage)
+                else:
+                    z = _euler(z, v, s, s_next)
                 if trace is not None:
                     trace(Call(unit, stage, step, timestep, s, s_next, before, v))
         return z

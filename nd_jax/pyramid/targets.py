@@ -44,10 +44,28 @@ def stage_pair(
     return y_start, y_end
 
 
+def per_row(values: Float[Array, " b"], like: Array) -> Array:
+    """One value per sample, ready to be multiplied with an array of samples."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
 def blend(y_start: Array, y_end: Array, local: Float[Array, " b"]) -> Array:
     """``z_s = s * y_start + (1 - s) * y_end`` with one local noise level per sample."""
-    local = local.reshape(-1, *[1] * (y_start.ndim - 1))
+    local = per_row(local, y_start)
     return local * y_start + (1 - local) * y_end
+
+
+def clip_at(
+    schedule: Schedule,
+    stage: int,
+    clean: Float[Array, "b t h w c"],
+    lower: Float[Array, "b t h//2 w//2 c"] | None,
+    noise: Float[Array, "b t h w c"],
+    local: Float[Array, " b"],
+) -> NoisyClip:
+    """Noisy input, target ``y_start - y_end`` and timestep at given local noise, which need not be in the tables."""
+    y_start, y_end = stage_pair(schedule, stage, clean, lower, noise)
+    return NoisyClip(blend(y_start, y_end, local), y_start - y_end, schedule.timestep(stage, local), local)
 
 
 def noisy_clip(

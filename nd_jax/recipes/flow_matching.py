@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,12 @@ from nd_jax.models.system import (
     init_system,
 )
 from nd_jax.pyramid.columns import column_stages
-from nd_jax.pyramid.examples import FlowExample, flow_example, history_noise_shapes
-from nd_jax.pyramid.layout import LayoutArrays, envelopes, layout_arrays
+from nd_jax.pyramid.examples import flow_example, history_noise_shapes
+from nd_jax.pyramid.layout import envelopes, layout_arrays
 from nd_jax.pyramid.normalise import LatentStats
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.pyramid.targets import per_sample_loss
+from nd_jax.recipes.packed import Packed
 from nd_jax.training.optim import FROZEN, OptimConfig, make_optimizer, value_and_grad
 from nd_jax.training.sharding import DEFAULT_TABLE, Rule, Rules
 from nd_jax.training.state import TrainState
@@ -73,19 +74,12 @@ class FlowRecipeConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.95, weight_decay=1e-4, warmup_steps=1000))
 
 
-class Packed(NamedTuple):
-    """One packed forward: per column an example and its layout, per row ``b * G + g`` conditions and timestep."""
-
-    examples: list[FlowExample]
-    layouts: list[LayoutArrays]
-    conditions: Conditions
-    timesteps: Float[Array, " b*g"]
-
-    @property
-    def inputs(self) -> tuple:
-        """The denoiser's arguments."""
-        clips = [example.clips for example in self.examples]
-        return clips, self.conditions.text, self.conditions.pooled, self.timesteps, self.layouts
+def normals(key: jax.Array, rows: int, shapes: Sequence[tuple[int, ...]]) -> list[Float[Array, "b ..."]]:
+    """Standard normal arrays [rows, *shape], all from one call: each further one costs a second of compile time on a
+    CPU."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    parts = jnp.split(jax.random.normal(key, (rows, ends[-1])), ends[:-1], axis=1)
+    return [part.reshape(rows, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class FlowRecipe:
@@ -188,12 +182,9 @@ class FlowRecipe:
             for_units = jnp.where(is_top, for_units[:, :1], 1 - for_units[:, :1])
         units = jnp.array([self.sizes[size][0] for size in self.column_sizes])
         unit = jnp.minimum(jnp.floor(for_units * units), units - 1).astype(jnp.int32)
-        # All normal numbers come from one call: each further one costs a second of compile time on a CPU.
         shapes = [(1, envelope.height, envelope.width, channels) for envelope in self.envelopes]
         shapes += [shape[1:] for envelope in self.envelopes for shape in history_noise_shapes(envelope, rows, channels)]
-        ends = np.cumsum([math.prod(shape) for shape in shapes])
-        parts = jnp.split(jax.random.normal(normal_key, (rows, ends[-1])), ends[:-1], axis=1)
-        arrays = [part.reshape(rows, *shape) for part, shape in zip(parts, shapes, strict=True)]
+        arrays = normals(normal_key, rows, shapes)
         noise, remaining = arrays[:groups], iter(arrays[groups:])
         history = [tuple(next(remaining) for _ in envelope.clips[:-1]) for envelope in self.envelopes]
         return {"unit": unit, "uniform": uniform, "corrupt": corrupt, "noise": noise, "history": history}
@@ -203,40 +194,54 @@ class FlowRecipe:
 
         ``examples`` holds the batch as [B, G, ...] (latents [B, G of their size, ...]) and the arrays of ``draws``.
         """
+        return self.assemble(self.encode(params, examples), examples)
+
+    def encode(self, params: Params, examples: dict[str, Any]) -> Conditions:
+        """The prompts' conditions, rows ``b * G + g``."""
         tokens = TextTokens(*(examples[name].reshape(-1, examples[name].shape[-1]) for name in TextTokens._fields))
         if not self.config.train_text:
             params = {name: jax.lax.stop_gradient(p) if name in TEXT_PARTS else p for name, p in params.items()}
-        conditions = encode_text(self.definitions, params, tokens)
+        return encode_text(self.definitions, params, tokens)
+
+    def assemble(self, conditions: Conditions, examples: dict[str, Any]) -> Packed:
+        """``pack`` for encoded prompts. Where ``examples`` has ``local`` [B, G], the local noise is that."""
         groups, built = len(self.columns), []
-        latents = [column for name in self.latent_names for column in jnp.moveaxis(examples[name], 1, 0)]
+        latents = self.column_latents(examples)
         for group, envelope in enumerate(self.envelopes):
             unit = examples["unit"][:, group]
             example = flow_example(
                 envelope,
                 self.schedule,
-                self.stats.normalise(latents[group]),
+                latents[group],
                 unit,
                 uniform=examples["uniform"][:, group],
+                local=examples["local"][:, group] if "local" in examples else None,
                 noise=examples["noise"][group],
                 corrupt_uniform=examples["corrupt"][:, group],
                 history_noise=examples["history"][group],
                 corrupt_ratio=self.config.corrupt_ratio,
             )
             built.append((example, layout_arrays(envelope, unit, conditions.mask[group::groups])))
-        timesteps = jnp.stack([example.timestep for example, _ in built], axis=1).reshape(-1)
-        return Packed([example for example, _ in built], [layout for _, layout in built], conditions, timesteps)
+        return Packed([example for example, _ in built], [layout for _, layout in built], conditions)
+
+    def column_latents(self, examples: dict[str, Any]) -> list[Float[Array, "b u h w c"]]:
+        """Every column's clean latents, normalised."""
+        latents = [column for name in self.latent_names for column in jnp.moveaxis(examples[name], 1, 0)]
+        return [self.stats.normalise(column) for column in latents]
 
     def velocity_error(
         self, predictions: Sequence[Array], packed: Packed
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Mean squared velocity error over all rows, and each stage's mean."""
         losses = [per_sample_loss(p, example.target) for p, example in zip(predictions, packed.examples, strict=True)]
-        stages = sorted(set(self.columns))
-        by_stage = {
-            f"stage_{stage}": jnp.mean(jnp.stack([x for x, s in zip(losses, self.columns, strict=True) if s == stage]))
-            for stage in stages
+        return jnp.mean(jnp.stack(losses)), self.stage_means(losses)
+
+    def stage_means(self, values: Sequence[Float[Array, " b"]]) -> dict[str, Float[Array, ""]]:
+        """Each stage's mean of what every column's samples came to, by name."""
+        return {
+            f"stage_{stage}": jnp.mean(jnp.stack([x for x, s in zip(values, self.columns, strict=True) if s == stage]))
+            for stage in sorted(set(self.columns))
         }
-        return jnp.mean(jnp.stack(losses)), by_stage
 
     def loss(self, params: Params, examples: dict[str, Any]) -> tuple[Array, dict[str, Array]]:
         """``velocity_error`` of the denoiser; ``examples`` are those of ``pack``."""

@@ -17,6 +17,7 @@ from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.recipes.codec import CodecRecipeConfig
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
+from nd_jax.recipes.dmd_config import DmdRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
@@ -97,7 +98,15 @@ class RecoveryRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
-Run = CodecRun | DecoderRun | TextRun | TextDistillRun | FlowRun | RecoveryRun
+@dataclass(frozen=True)
+class DmdRun:
+    """A run that distils a many-step system into a few-step student: recipe and loop."""
+
+    recipe: DmdRecipeConfig = field(default_factory=DmdRecipeConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+Run = CodecRun | DecoderRun | TextRun | TextDistillRun | FlowRun | RecoveryRun | DmdRun
 
 
 @dataclass(frozen=True)

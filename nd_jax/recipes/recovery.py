@@ -22,7 +22,8 @@ from nd_jax.models.mmdit import BlockStates
 from nd_jax.models.system import DENOISER, SystemConfig
 from nd_jax.pyramid.layout import REAL, Envelope
 from nd_jax.pyramid.targets import per_sample_loss
-from nd_jax.recipes.flow_matching import FlowRecipe, FlowRecipeConfig, Packed
+from nd_jax.recipes.flow_matching import FlowRecipe, FlowRecipeConfig
+from nd_jax.recipes.packed import Packed
 from nd_jax.recipes.pruning import cosine_distance
 from nd_jax.training.paths import map_named
 from nd_jax.training.state import TrainState

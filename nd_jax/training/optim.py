@@ -157,6 +157,20 @@ def value_and_grad(
     return run
 
 
+def in_parts(function: Callable[..., Any], microbatches: int = 1) -> Callable[..., Any]:
+    """``f(examples, *rest)`` in ``microbatches`` passes over the parts of ``value_and_grad``, for a function whose
+    results have a row for each row of ``examples``; they come back in that order."""
+
+    def run(examples: Any, *rest: Any) -> Any:
+        if microbatches == 1:
+            return function(examples, *rest)
+        parts = jax.tree.map(lambda x: _deal(x, microbatches), examples)
+        results = jax.lax.map(lambda part: function(part, *rest), parts)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
+
+    return run
+
+
 def _deal(x: jax.Array, parts: int) -> jax.Array:
     """[B, ...] -> [parts, B / parts, ...]."""
     if x.shape[0] % parts:

@@ -61,7 +61,8 @@ class Training:
         if units is None:
             eps = noise_at_level(noise, stage, self.schedule.stages)
             clip = noisy_clip(self.schedule, stage, pyramid[stage], pyramid[stage - 1] if stage else None, eps, uniform)
-            return FlowExample((clip.noisy,), clip.target, clip.timestep, clip.local, np.ones((1, eps.shape[1])))
+            valid = np.ones((1, eps.shape[1]))
+            return FlowExample((clip.noisy,), clip.target, clip.timestep, clip.local, valid, pyramid[stage])
         newest_first = [from_torch(noise) for noise in subcase.input_list(f"col{index}/cond_noise")]
         return exact_example(
             self.schedule,

@@ -1,0 +1,89 @@
+"""Step distillation from folder to folder, and by command."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import tiny_system
+import training_toy as toy
+
+from nd_jax import cli, workflow
+from nd_jax.converters.component import save_component
+from nd_jax.data.latents import write_latents
+from nd_jax.dmd_workflow import distil_steps
+from nd_jax.errors import UserError
+from nd_jax.models.system import CODEC, DENOISER, TEXT_PARTS
+from nd_jax.pyramid.sampler import SamplePlan
+from nd_jax.recipes.dmd_config import DmdRecipeConfig
+from nd_jax.recipes.preset import DmdRun, Preset, load_preset
+from nd_jax.system import TOKENIZERS, load_system, save_system
+from nd_jax.training.checkpoint import load_tree
+from nd_jax.training.loop import LoopConfig
+from nd_jax.training.mesh import MeshConfig, make_mesh
+from nd_jax.workflow import without_blocks
+
+
+@pytest.fixture
+def go(tiny, tiny_folder, tmp_path, monkeypatch):
+    """Function (start, teacher) -> outcome and student after two steps on six tiny clips."""
+    latents = np.random.Generator(np.random.Philox(0)).standard_normal((6, 2, 8, 8, 4), np.float32)
+    write_latents(tmp_path / "latents", [latents], [[f"a red ball {n}"] for n in range(6)])
+    save_component(tmp_path / "codec", tiny.config.causal_video_vae, tiny.params[CODEC])
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(workflow, "make_mesh", lambda config: one)
+    run = DmdRun(
+        DmdRecipeConfig(batch=2, stage_mix=(0, 1, 0), steps=(1, 2, 1), renew=True), LoopConfig(steps=2, save_every=0)
+    )
+    preset = Preset("tiny", tiny.config, tiny_system.VIDEO, tiny_system.PLAN, {"student": run})
+    tokenizers = {name: tiny_folder / "tokenizers" / name for name in TOKENIZERS.values()}
+    options = {"latents": tmp_path / "latents", "codec_folder": tmp_path / "codec", "tokenizers": tokenizers}
+    return partial(distil_steps, preset, "student", run, tmp_path / "run", **options, quiet=True)
+
+
+@pytest.mark.heavy
+def test_a_pruned_system_learns_from_the_whole_one(go, tiny, tiny_folder, tmp_path):
+    """The folder that comes out says by itself how it is sampled, and which blocks it has."""
+    pruned, kept = without_blocks(tiny, (1,))
+    outcome, student = go(start=pruned, teacher=tiny)
+    assert outcome.finished
+    tokenizers = {name: tiny_folder / "tokenizers" / name for name in TOKENIZERS.values()}
+    again = load_system(save_system(tmp_path / "system", student, tokenizers))
+    assert again.sampling == SamplePlan((1, 2, 1), (1, 2, 1), grid="plain", renew=True)
+    assert again.kept_blocks == kept
+    for name in TEXT_PARTS:
+        toy.assert_same(toy.numbers(again.params[name]), toy.numbers(tiny.params[name]))
+    begun, made = (toy.numbers(system.params[DENOISER]) for system in (pruned, again))
+    assert any((made[name] != value).any() for name, value in begun.items())
+    frozen = toy.numbers(load_tree(tmp_path / "run", f"frozen/{DENOISER}"))
+    toy.assert_same(frozen, toy.numbers(tiny.params[DENOISER]))
+    negative = load_tree(tmp_path / "run", "frozen/negative")
+    expected, _ = tiny.conditions([""])
+    for name, value in expected._asdict().items():
+        np.testing.assert_allclose(negative[name], value, atol=1e-5, err_msg=name)
+
+
+def test_a_teacher_that_reads_otherwise_is_refused(go, tiny):
+    text = {**tiny.params, "text_encoder": jax.tree.map(lambda x: x + 1, tiny.params["text_encoder"])}
+    with pytest.raises(UserError, match="text_encoder of the teacher is not the student's"):
+        go(start=tiny, teacher=dataclasses.replace(tiny, params=text))
+    wider = dataclasses.replace(tiny.config.diffusion_transformer, patch_size=2)
+    config = dataclasses.replace(tiny.config, diffusion_transformer=wider)
+    with pytest.raises(UserError, match="diffusion_transformer of the teacher is not the student's"):
+        go(start=tiny, teacher=dataclasses.replace(tiny, config=config))
+
+
+def test_step_distillation_by_command(tiny_folder, tmp_path, capsys):
+    """Settings are options; what is wrong with them is told in one line."""
+    train = ["train", "shapes_base", "student", "--out", str(tmp_path / "run"), "--latents", str(tmp_path)]
+    train += ["--start", str(tiny_folder / "system"), "--recipe.fake-optim.learning-rate", "1e-4"]
+    assert cli.main([*train, "--recipe.weighting", "other"]) == 2
+    assert "--recipe.weighting" in capsys.readouterr().err
+    assert cli.main([*train, "--recipe.steps", "4", "4", "4"]) == 2
+    assert "latents" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    for preset in ("shapes_base", "neodragon_320p"):
+        assert load_preset(preset).run("student").recipe.fake_updates == 2
