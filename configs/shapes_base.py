@@ -170,8 +170,8 @@ PRESET = Preset(
             loop=LoopConfig(steps=1500, save_every=250, log_every=10),
         ),
         "text": TextRun(recipe=TextRecipeConfig(), loop=LoopConfig(steps=400, save_every=200, log_every=20)),
-        "image": flow(2350, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), units=1),
-        "teacher": flow(1900, 1.2e-3, schedule="linear", batch=24, stage_mix=(1, 1, 2), size_mix=(1, 1, 1)),
+        "image": flow(6000, 1.5e-3, batch=24, stage_mix=(1, 1, 2), size_mix=(2, 1), units=1),
+        "teacher": flow(2500, 1.2e-3, schedule="linear", batch=24, stage_mix=(1, 1, 2), size_mix=(1, 1, 1)),
         "text_student": text_student,
         "recovery": recovery,
         "recovery_2": RecoveryRun(
