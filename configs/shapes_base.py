@@ -148,7 +148,7 @@ PRESET = Preset(
     system=system,
     video=VideoConfig(height=64, width=64, frames=33, text_length=TEXT_LENGTH, clip_length=TEXT_LENGTH),
     sampling=SamplingConfig(
-        first_steps=(8, 8, 8), later_steps=(4, 4, 4), first_guidance=2.0, later_guidance=2.0, grid="plain"
+        first_steps=(8, 8, 8), later_steps=(4, 4, 4), first_guidance=2.0, later_guidance=1.5, grid="plain"
     ),
     world="64x64",
     runs={

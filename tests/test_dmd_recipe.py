@@ -319,6 +319,7 @@ def test_one_program_and_two_networks_that_learn(whole):
         assert all("last_block/attn/" in name and "add" in name for name in still), still
 
 
+@pytest.mark.heavy
 def test_eight_devices_in_two_passes_agree_with_one(whole):
     """All networks split four ways, examples eight ways, and the batch in two microbatches: the same step."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
@@ -383,6 +384,7 @@ def test_settings_that_cannot_be(changes, told):
 # ---- full size
 
 
+@pytest.mark.heavy
 def test_the_paper_step_lowers_at_full_size():
     """Student and fake of 18 blocks, teacher of 24, 4-4-4 steps, by shapes alone: nothing is allocated or compiled."""
     preset = load_preset("neodragon_320p")

@@ -169,6 +169,7 @@ def test_loss_is_made_of_the_networks_own_answers(program, trained):
     np.testing.assert_allclose(metrics["loss"], total + CONFIG.features * np.mean(apart), rtol=1e-4)
 
 
+@pytest.mark.heavy
 def test_eight_devices_in_two_passes_agree_with_one(trained):
     """Parameters split four ways and clips eight ways, gradients accumulated over two microbatches."""
     program = program_on(8, microbatches=2)

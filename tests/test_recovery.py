@@ -181,6 +181,7 @@ def test_a_frozen_teacher_rests_in_the_compute_dtype():
     assert not [name for name in halves if name.startswith("time_text_embed") or not name.endswith("kernel")]
 
 
+@pytest.mark.heavy
 def test_eight_devices_agree_with_one():
     """Student and teacher split four ways, examples eight ways."""
     mesh, batch, key = make_mesh(MeshConfig(data=2, fsdp=4)), make_batch(16), jax.random.key(5)

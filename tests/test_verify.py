@@ -54,7 +54,18 @@ def rename(folder, old, new):
         (folder / file).write_text(text.replace(f'"{old}"', f'"{new}"'))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(TEXT)])
+SLOW = ("generation", "mmdit", "native_vae", "training")
+"""Cases whose networks have golden tests of their own, so that here they may wait for the heavier checks."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.heavy if name in SLOW else ())
+        for name in NAMES
+        if not name.startswith(TEXT)
+    ],
+)
 def test_golden(name):
     rows = list(verify_case(Case(GOLDEN / name, GOLDEN)))
     assert rows
