@@ -45,7 +45,7 @@ console = Console(stderr=True)
 EXCLUDED = "bigbuckbunny"
 """The real clip that no decoder is trained on."""
 HELD_OUT_PROMPTS = 256
-SHARES = {"teacher": 0.26, "text_student": 0.3, "decoder": 0.2, "recovery_2": 0.5}
+SHARES = {"teacher": 0.26, "text_student": 0.2, "decoder": 0.2, "recovery_2": 0.3}
 """Of a preset's steps, so that each takes two to four minutes."""
 
 
