@@ -79,5 +79,5 @@ def test_two_processes_stop_together_resume_and_share_a_lock(tmp_path):
 
     with run_lock(run):
         ends(pair(run, logs), logs, 2)
-    assert f"in use by process {os.getpid()} on " in logs[0].read_text().splitlines()[-1]
+    assert f"in use by process {os.getpid()} on " in logs[0].read_text()  # Gloo may have the last word
     assert "was refused to process 0, whose message says why" in logs[1].read_text()
