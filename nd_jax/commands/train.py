@@ -136,18 +136,15 @@ def _train_flow(preset: Preset, run: str, options: FlowOptions) -> tuple[Any, Pa
     if options.start is not None and options.text is not None:
         raise UserError(f"train {preset.name} {run}: expected either --start or --text, found both")
     from nd_jax import workflow
-    from nd_jax.converters.folders import load_folder
-    from nd_jax.models.system import CODEC
-    from nd_jax.system import TOKENIZERS, load_system, save_system
+    from nd_jax.system import TOKENIZERS
     from nd_jax.video_folders import is_own_clips, sized
 
     if options.start is None:
-        start, tokenizers = None, {name: options.data / "tokenizers" / name for name in TOKENIZERS.values()}
+        start, codec = None, options.codec
+        tokenizers = {name: options.data / "tokenizers" / name for name in TOKENIZERS.values()}
     else:
-        start = load_system(options.start)
-        folder = load_folder(start.folder)
-        tokenizers = dict(folder.tokenizers)
-    codec = options.codec or folder.components[CODEC]
+        start, codec, tokenizers = _start(options.start)
+        codec = options.codec or codec
     if options.data is not None and is_own_clips(options.data):
         preset = sized(preset, options.latents[0])
     outcome, system = workflow.train_flow(
@@ -161,19 +158,34 @@ def _train_flow(preset: Preset, run: str, options: FlowOptions) -> tuple[Any, Pa
         start=start,
         text=None if options.text is None else workflow.load_text(options.text),
     )
+    return outcome, _left(options.out, system, tokenizers)
+
+
+def _start(path: Path) -> tuple[Any, Path, dict[str, Path]]:
+    """The system that a run starts from, and where its codec and its tokenizers are."""
+    from nd_jax.converters.folders import load_folder
+    from nd_jax.models.system import CODEC
+    from nd_jax.system import load_system
+
+    system = load_system(path)
+    folder = load_folder(system.folder)
+    return system, folder.components[CODEC], dict(folder.tokenizers)
+
+
+def _left(out: Path, system: Any, tokenizers: dict[str, Path]) -> Path:
+    """Where a run's result is, written if the run was not interrupted."""
+    from nd_jax.system import save_system
+
     if system is not None:
-        save_system(options.out / "system", system, tokenizers, overwrite=True)
-    return outcome, options.out / "system"
+        save_system(out / "system", system, tokenizers, overwrite=True)
+    return out / "system"
 
 
 def _recover(preset: Preset, run: str, options: RecoveryOptions) -> tuple[Any, Path]:
-    from nd_jax.converters.folders import load_folder
-    from nd_jax.models.system import CODEC
     from nd_jax.recovery_workflow import recover
-    from nd_jax.system import load_system, save_system
+    from nd_jax.system import load_system
 
-    start = load_system(options.start)
-    folder = load_folder(start.folder)
+    start, codec, tokenizers = _start(options.start)
     outcome, system = recover(
         preset,
         run,
@@ -182,23 +194,18 @@ def _recover(preset: Preset, run: str, options: RecoveryOptions) -> tuple[Any, P
         start=start,
         teacher=load_system(options.teacher),
         latents=options.latents,
-        codec_folder=folder.components[CODEC],
-        tokenizers=dict(folder.tokenizers),
+        codec_folder=codec,
+        tokenizers=tokenizers,
         alone=options.alone,
     )
-    if system is not None:
-        save_system(options.out / "system", system, dict(folder.tokenizers), overwrite=True)
-    return outcome, options.out / "system"
+    return outcome, _left(options.out, system, tokenizers)
 
 
 def _distil_steps(preset: Preset, run: str, options: DmdOptions) -> tuple[Any, Path]:
-    from nd_jax.converters.folders import load_folder
     from nd_jax.dmd_workflow import distil_steps
-    from nd_jax.models.system import CODEC
-    from nd_jax.system import load_system, save_system
+    from nd_jax.system import load_system
 
-    start = load_system(options.start)
-    folder = load_folder(start.folder)
+    start, codec, tokenizers = _start(options.start)
     outcome, system = distil_steps(
         preset,
         run,
@@ -207,12 +214,10 @@ def _distil_steps(preset: Preset, run: str, options: DmdOptions) -> tuple[Any, P
         start=start,
         teacher=None if options.teacher is None else load_system(options.teacher),
         latents=options.latents,
-        codec_folder=folder.components[CODEC],
-        tokenizers=dict(folder.tokenizers),
+        codec_folder=codec,
+        tokenizers=tokenizers,
     )
-    if system is not None:
-        save_system(options.out / "system", system, dict(folder.tokenizers), overwrite=True)
-    return outcome, options.out / "system"
+    return outcome, _left(options.out, system, tokenizers)
 
 
 def resolve(arguments: Sequence[str]) -> tuple[Callable, Sequence[str], str, Callable[[Any], int]]:
