@@ -24,10 +24,24 @@ from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.system import SystemConfig
 from nd_jax.models.t5 import T5Config
 from nd_jax.pyramid.sampler import MONOLITHIC
+from nd_jax.recipes.adversarial import AdversarialConfig
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.dmd_config import DmdRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
-from nd_jax.recipes.preset import DecoderRun, DmdRun, FlowRun, Preset, RecoveryRun, TextDistillRun, VideoConfig
+from nd_jax.recipes.mean_flow import MeanFlowConfig
+from nd_jax.recipes.preset import (
+    AdversarialRun,
+    DecoderRun,
+    DmdRun,
+    FlowRun,
+    MeanFlowRun,
+    Preset,
+    ProgressiveRun,
+    RecoveryRun,
+    TextDistillRun,
+    VideoConfig,
+)
+from nd_jax.recipes.progressive import ProgressiveConfig
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_distillation import TextDistillConfig
 from nd_jax.training.loop import LoopConfig
@@ -107,6 +121,9 @@ student = DmdRun(
     LoopConfig(steps=4000, save_every=250, log_every=10),  # ours
 )
 
+names = ("batch", "stage_mix", "steps", "first_guidance", "later_guidance", "ema_decay", "remat", "dtype", "optim")
+few = {name: getattr(student.recipe, name) for name in names}  # the baselines' other settings are ours, all of them
+
 PRESET = Preset(
     name="neodragon_320p",
     system=SystemConfig(
@@ -130,5 +147,10 @@ PRESET = Preset(
             loop=LoopConfig(steps=60_000, save_every=1000, log_every=10),
         ),
         "student": student,
+        "progressive": ProgressiveRun(
+            ProgressiveConfig(**few, teacher_steps=2, rounds=3, round_steps=1000), student.loop
+        ),
+        "mean_flow": MeanFlowRun(MeanFlowConfig(**few), student.loop),
+        "adversarial": AdversarialRun(AdversarialConfig(**few), student.loop),
     },
 )

@@ -11,22 +11,28 @@ from nd_jax.models.context_adapter import ContextAdapterConfig
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.system import SystemConfig
 from nd_jax.models.t5 import T5Config
+from nd_jax.recipes.adversarial import AdversarialConfig
 from nd_jax.recipes.codec import CodecRecipeConfig
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.dmd_config import DmdRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
+from nd_jax.recipes.mean_flow import MeanFlowConfig
 from nd_jax.recipes.preset import (
+    AdversarialRun,
     CodecRun,
     DecoderRun,
     DmdRun,
     FlowRun,
+    MeanFlowRun,
     Preset,
+    ProgressiveRun,
     RecoveryRun,
     SamplingConfig,
     TextDistillRun,
     TextRun,
     VideoConfig,
 )
+from nd_jax.recipes.progressive import ProgressiveConfig
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
 from nd_jax.recipes.text_distillation import TextDistillConfig
@@ -129,18 +135,25 @@ def adam(learning_rate: float, steps: int) -> OptimConfig:
     )
 
 
-student = DmdRun(  # a first guess: neither rates nor weights nor length have been compared
-    DmdRecipeConfig(
-        batch=24,
-        cauchy_weight=0.1,
-        stage_mix=(1, 1, 2),
-        first_guidance=2.0,
-        later_guidance=2.0,
-        ema_decay=0.98,
-        optim=adam(1e-4, 600),
-        fake_optim=adam(3e-4, 1200),
-    ),
-    LoopConfig(steps=600, save_every=100, log_every=10),
+few = {  # one schedule of calls and one teacher for every way of distilling steps
+    "batch": 24,
+    "stage_mix": (1, 1, 2),
+    "steps": (1, 1, 1),
+    "first_guidance": 2.0,
+    "later_guidance": 1.5,
+    "ema_decay": 0.98,
+}
+STEPS = LoopConfig(steps=600, save_every=100, log_every=10)
+# First guesses, all of them: neither rates nor weights nor lengths have been compared.
+student = DmdRun(
+    DmdRecipeConfig(**few, cauchy_weight=0.1, optim=adam(1e-4, 600), fake_optim=adam(3e-4, 1200)),
+    STEPS,
+)
+regress = dataclasses.replace(adam(3e-4, 600), b1=0.9, b2=0.95)
+progressive = ProgressiveRun(ProgressiveConfig(**few, teacher_steps=2, rounds=2, round_steps=250, optim=regress), STEPS)
+mean_flow = MeanFlowRun(MeanFlowConfig(**few, optim=regress), STEPS)
+adversarial = AdversarialRun(
+    AdversarialConfig(**few, cauchy_weight=0.1, optim=adam(1e-4, 600), head_optim=adam(1e-3, 600)), STEPS
 )
 
 PRESET = Preset(
@@ -186,5 +199,8 @@ PRESET = Preset(
             loop=LoopConfig(steps=500, save_every=250, log_every=25),
         ),
         "student": student,
+        "progressive": progressive,
+        "mean_flow": mean_flow,
+        "adversarial": adversarial,
     },
 )

@@ -290,9 +290,11 @@ def train_flow(
     text: dict[str, Params] | None = None,
     make: Callable[..., FlowRecipe] = FlowRecipe,
     also_given: tuple = (),
+    prompts: Any = None,
     quiet: bool = False,
 ) -> tuple[Outcome, VideoSystem | None]:
-    """Flow matching on one or more latents folders (one for each share of the recipe's ``size_mix``).
+    """Flow matching on one or more latents folders (one for each share of the recipe's ``size_mix``), or, for a recipe
+    that needs no videos, on ``prompts`` (a source of examples with ``caption``) at the preset's size.
 
     Begins with ``start`` (e.g. a pruned system), with text encoders ``text``, or from scratch. ``make`` is the recipe,
     whose ``init`` receives ``also_given`` besides the parameters.
@@ -300,16 +302,18 @@ def train_flow(
     """
     video, units = preset.video, run.recipe.units
     folders = [latents] if isinstance(latents, str | Path) else list(latents)
+    if bool(folders) == (prompts is not None):
+        raise UserError(f"train {preset.name} {name}: expected latents to train on, or for prompts alone none")
     sources = [LatentSource(folder, dropout=run.recipe.caption_dropout, units=units) for folder in folders]
     codec_config, codec_params = load_component(codec_folder, "video_vae", dtype="fp32")
-    if codec_config.latents_mean is None:
+    if codec_config.latents_mean is None and folders:
         whole = LatentSource(folders[0])
         codec_config = with_statistics(codec_config, whole.latents)
     base = preset.system if start is None else start.config
     config = dataclasses.replace(base, causal_video_vae=codec_config)
-    sizes = [source.latents.shape[1:4] for source in sources]
+    sizes = [source.latents.shape[1:4] for source in sources] or [preset.latent_size]
     told = ["x".join(map(str, size)) for size in (*sizes, preset.latent_size)]
-    if max(sizes)[0] != (units or preset.latent_size[0]) or sizes[0][1:] != preset.latent_size[1:]:
+    if sources and (max(sizes)[0] != (units or preset.latent_size[0]) or sizes[0][1:] != preset.latent_size[1:]):
         raise UserError(
             f"{folders[0]} holds latents of {told[0]}, preset {preset.name} is for {told[-1]}; encode clips of its size"
         )
@@ -332,10 +336,10 @@ def train_flow(
             source,
             run.recipe.batch * count // len(recipe.columns),
             run.loop.seed + index,
-            keys=("latents",),
+            keys=("latents",) if prompts is None else (),
             tokenizers=readers,
         )
-        for index, (source, count) in enumerate(zip(sources, columns, strict=True))
+        for index, (source, count) in enumerate(zip(sources or [prompts], columns, strict=True))
     ]
     spec = recipe.batch_spec()
     feed = MixedFeed(streams, columns, spec) if len(streams) > 1 else Feed(streams[0], spec)

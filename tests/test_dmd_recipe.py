@@ -177,15 +177,18 @@ class ByHand:
         return np.array([(pull * self.sharpened(-self.scale(self.local) * part)).sum() for part in parts])
 
 
-@pytest.mark.parametrize(("renew", "guidance"), [(False, (3.0, 2.0)), (True, (1.0, 1.0))])
-def test_a_step_is_the_one_computed_by_hand(renew, guidance):
+@pytest.mark.parametrize(
+    ("renew", "guidance", "shared"), [(False, (3.0, 2.0), False), (True, (1.0, 1.0), False), (False, (1.0, 1.0), True)]
+)
+def test_a_step_is_the_one_computed_by_hand(renew, guidance, shared):
     """All stages, data and own steps, with guidance for first and later units and without: both networks' gradients.
 
-    In two microbatches: the student must see the fake that was just updated, and weights are those of the whole batch.
+    In two microbatches but for the last: the student must see the fake that was just updated, and weights are those of
+    the whole batch.
     """
     guided = {"first_guidance": guidance[0], "later_guidance": guidance[1]}
-    stages = {"batch": 24, "stage_mix": (1, 1, 1), "steps": (4, 2, 1), "microbatches": 2}
-    made = recipe(**stages, **guided, simulated=0.5, renew=renew, fake_updates=1)
+    stages = {"batch": 24, "stage_mix": (1, 1, 1), "steps": (4, 2, 1), "microbatches": 1 if shared else 2}
+    made = recipe(**stages, **guided, simulated=0.5, renew=renew, fake_updates=1, shared=shared)
     rng = np.random.Generator(np.random.Philox(1))
     rows, groups = 8, 3
     pooled = rng.standard_normal((rows, groups, 5)).astype(np.float32)
@@ -206,6 +209,8 @@ def test_a_step_is_the_one_computed_by_hand(renew, guidance):
     latents = {"latents": batch["latents"].reshape(rows, groups, UNITS, HEIGHT, WIDTH, -1)}
     draw = jax.jit(made.draws)
     drawn = [jax.device_get(draw(key)) for key in jax.random.split(state.step_key(), 2)]
+    if shared:
+        drawn[0] = drawn[1] | {name: drawn[0][name] for name in ("level", "fresh")}
     for each in drawn:
         assert 0 < each["simulated"].mean() < 1
         assert {float(s) for s in each["local"][:, 1]} == {0.5, 1.0}
@@ -370,6 +375,9 @@ def test_the_state_holds_three_denoisers():
         ({"fake_updates": 0}, "fake_updates is 0"),
         ({"levels": 0}, "levels is 0"),
         ({"simulated": 1.5}, "simulated 1.5"),
+        ({"own_history": -0.5}, "own history -0.5"),
+        ({"own_ramp": -1}, "growing for -1"),
+        ({"videos": False}, "expected --recipe.own-history 1"),
         ({"weight_floor": 0.0}, "weight floor 0.0"),
         ({"cauchy_weight": -1.0}, "cauchy weight is -1.0"),
         ({"renew": True, "exact": False}, "leave --recipe.exact on"),
@@ -396,6 +404,7 @@ def test_the_paper_step_lowers_at_full_size():
         steps=(4, 4, 4),
         simulated=0.5,
         renew=True,
+        own_history=0.5,
         microbatches=2,
         remat="full",
         dtype="bfloat16",

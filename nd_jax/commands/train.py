@@ -9,22 +9,28 @@ from typing import Any
 
 from nd_jax.commands.console import say
 from nd_jax.commands.train_options import (
+    AdversarialOptions,
     CodecOptions,
     DecoderOptions,
     DmdOptions,
     FlowOptions,
+    MeanFlowOptions,
     Options,
+    ProgressiveOptions,
     RecoveryOptions,
     TextDistillOptions,
     TextOptions,
 )
 from nd_jax.errors import UserError
 from nd_jax.recipes.preset import (
+    AdversarialRun,
     CodecRun,
     DecoderRun,
     DmdRun,
     FlowRun,
+    MeanFlowRun,
     Preset,
+    ProgressiveRun,
     RecoveryRun,
     TextDistillRun,
     TextRun,
@@ -45,6 +51,9 @@ def train(preset: str, run: str, options: Options) -> int:
         FlowOptions: _train_flow,
         RecoveryOptions: _recover,
         DmdOptions: _distil_steps,
+        ProgressiveOptions: _distil_steps,
+        MeanFlowOptions: _distil_steps,
+        AdversarialOptions: _distil_steps,
     }[type(options)]
     outcome, result = work(load_preset(preset), run, options)
     say(f"stopped at step {outcome.step} ({outcome.reason}), {outcome.seconds:.0f} s")
@@ -214,6 +223,7 @@ def _distil_steps(preset: Preset, run: str, options: DmdOptions) -> tuple[Any, P
         start=start,
         teacher=None if options.teacher is None else load_system(options.teacher),
         latents=options.latents,
+        prompts=options.prompts,
         codec_folder=codec,
         tokenizers=tokenizers,
     )
@@ -244,6 +254,9 @@ def resolve(arguments: Sequence[str]) -> tuple[Callable, Sequence[str], str, Cal
         FlowRun: FlowOptions,
         RecoveryRun: RecoveryOptions,
         DmdRun: DmdOptions,
+        ProgressiveRun: ProgressiveOptions,
+        MeanFlowRun: MeanFlowOptions,
+        AdversarialRun: AdversarialOptions,
     }
     options = kinds[type(settings)]
     return partial(options, settings=settings), arguments[2:], "nd-jax train " + " ".join(words), partial(train, *words)

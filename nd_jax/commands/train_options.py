@@ -8,7 +8,18 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from nd_jax.recipes.preset import CodecRun, DecoderRun, DmdRun, FlowRun, RecoveryRun, TextDistillRun, TextRun
+from nd_jax.recipes.preset import (
+    AdversarialRun,
+    CodecRun,
+    DecoderRun,
+    DmdRun,
+    FlowRun,
+    MeanFlowRun,
+    ProgressiveRun,
+    RecoveryRun,
+    TextDistillRun,
+    TextRun,
+)
 
 
 @dataclass(frozen=True)
@@ -126,11 +137,37 @@ class DmdOptions:
     """Folder for checkpoints, metrics and the result, out/system."""
     settings: Annotated[DmdRun, arg(name="")]
     start: Path
-    """Many-step system that student and fake begin as, such as one that was pruned and recovered."""
-    latents: tuple[Path, ...]
-    """Folder of `nd-jax data latents`; one for each share of --recipe.size-mix."""
+    """Many-step system that the student begins as, such as one that was pruned and recovered."""
+    latents: tuple[Path, ...] = ()
+    """Folder of `nd-jax data latents`; one for each share of --recipe.size-mix. With --recipe.no-videos: none."""
+    prompts: tuple[Path, ...] = ()
+    """With --recipe.no-videos: folders of `nd-jax data prompts`; default: captions of the preset's world."""
     teacher: Path | None = None
     """System to learn from, if it is not --start: with the same text encoders, and as many or more blocks."""
+
+
+@dataclass(frozen=True)
+class ProgressiveOptions(DmdOptions):
+    """Distil a many-step system into one that samples in a few steps, several of the teacher's steps into one. Run the
+    same command again to resume."""
+
+    settings: Annotated[ProgressiveRun, arg(name="")]
+
+
+@dataclass(frozen=True)
+class MeanFlowOptions(DmdOptions):
+    """Distil a many-step system into one that samples in a few steps, by average velocities. Run the same command again
+    to resume."""
+
+    settings: Annotated[MeanFlowRun, arg(name="")]
+
+
+@dataclass(frozen=True)
+class AdversarialOptions(DmdOptions):
+    """Distil a many-step system into one that samples in a few steps, against a head on the teacher's features. Run the
+    same command again to resume."""
+
+    settings: Annotated[AdversarialRun, arg(name="")]
 
 
 Options = CodecOptions | DecoderOptions | TextOptions | TextDistillOptions | FlowOptions | RecoveryOptions | DmdOptions

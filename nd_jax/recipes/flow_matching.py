@@ -137,11 +137,13 @@ class FlowRecipe:
         self.rules = Rules(frozen + table)
         self.optimizer = make_optimizer(config.optim, self.rules)
         patch = system.diffusion_transformer.patch_size
-        of_size = [
+        self.size_envelopes = [
             envelopes(units - 1, text_length, height, width, patch_size=patch, stages=schedule.stages)
             for units, height, width in self.sizes
         ]
-        self.envelopes = [of_size[size][stage] for size, stage in zip(self.column_sizes, self.columns, strict=True)]
+        self.envelopes = [
+            self.size_envelopes[size][stage] for size, stage in zip(self.column_sizes, self.columns, strict=True)
+        ]
         self._grads = value_and_grad(self.loss, config.microbatches)
 
     @property

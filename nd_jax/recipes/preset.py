@@ -15,10 +15,13 @@ from nd_jax.models.system import SystemConfig
 from nd_jax.models.t5 import T5Config
 from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.pyramid.schedule import Schedule
+from nd_jax.recipes.adversarial import AdversarialConfig
 from nd_jax.recipes.codec import CodecRecipeConfig
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.dmd_config import DmdRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
+from nd_jax.recipes.mean_flow import MeanFlowConfig
+from nd_jax.recipes.progressive import ProgressiveConfig
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
 from nd_jax.recipes.text_distillation import TextDistillConfig
@@ -106,7 +109,34 @@ class DmdRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
-Run = CodecRun | DecoderRun | TextRun | TextDistillRun | FlowRun | RecoveryRun | DmdRun
+@dataclass(frozen=True)
+class ProgressiveRun:
+    """The same by progressive distillation: recipe and loop."""
+
+    recipe: ProgressiveConfig = field(default_factory=ProgressiveConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
+class MeanFlowRun:
+    """The same by mean flows: recipe and loop."""
+
+    recipe: MeanFlowConfig = field(default_factory=MeanFlowConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
+class AdversarialRun:
+    """The same by adversarial distillation: recipe and loop."""
+
+    recipe: AdversarialConfig = field(default_factory=AdversarialConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+StepRun = DmdRun | ProgressiveRun | MeanFlowRun | AdversarialRun
+"""Runs that distil steps."""
+
+Run = CodecRun | DecoderRun | TextRun | TextDistillRun | FlowRun | RecoveryRun | StepRun
 
 
 @dataclass(frozen=True)
