@@ -115,7 +115,7 @@ class MMDiT(nnx.Module):
         def body(carry, layer):
             image, text = (self.hooks.constrain(x, name) for x, name in zip(carry, ("image", "text"), strict=True))
             block = self._ready(nnx.merge(graphdef, layer))
-            new_image, new_text = block(image, text, conditioning, groups)
+            new_image, new_text = block(image, text, conditioning, groups, self.hooks)
             out = (
                 (new_image, new_text) if return_blocks else None,
                 reducer(image, new_image, text, new_text) if reducer else None,
@@ -134,7 +134,8 @@ class MMDiT(nnx.Module):
         graphdef, state = nnx.split(self.last_block)
 
         def last(image, text, state):
-            return self._ready(nnx.merge(graphdef, state))(image, text, conditioning, groups, history=return_blocks)
+            block = self._ready(nnx.merge(graphdef, state))
+            return block(image, text, conditioning, groups, self.hooks, history=return_blocks)
 
         image = self.hooks.constrain(self._remat(last, remat, looped=False)(image, text, state), "image")
         predictions = self._predict(image, conditioning, groups, sample, history=return_blocks)
@@ -163,7 +164,7 @@ class MMDiT(nnx.Module):
 
         def ready(path, w):
             w = w.astype(dtype or self.dtype) if path[-1] == "kernel" else w
-            return self.hooks.gather(w)
+            return self.hooks.gather(w, "/".join(map(str, path)))
 
         graphdef, state = nnx.split(module)
         flat = [(path, leaf.replace(ready(path, leaf.get_value()))) for path, leaf in nnx.to_flat_state(state)]

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from nd_jax.models.attention import attend
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.norms import AdaLayerNorm, LayerNorm, NoNorm, RMSNorm, modulate
 from nd_jax.models.positions import apply_rope
 
@@ -133,6 +134,7 @@ class Block(nnx.Module):
         text: Float[Array, "n s d"],
         conditioning: Float[Array, "n d"],
         groups: Sequence[Group],
+        hooks: ShardingHooks = NO_HOOKS,
     ) -> tuple[Float[Array, "b l d"], Float[Array, "n s d"]]:
         """Image and text tokens after the block, in the dtype they came in."""
         lengths = [group.length for group in groups]
@@ -142,14 +144,15 @@ class Block(nnx.Module):
         context = [m[:, None] for m in self.norm1_context(conditioning)]
         y = modulate(text, context[0], context[1])
         text_heads = self.attn.text_queries(y), *self.attn.text_keys_values(y)
+        image_heads, text_heads = ([hooks.constrain(x, "heads") for x in each] for each in (image_heads, text_heads))
 
         seen = [
             joint_attention(*joined, group, image.dtype)
             for group, joined in zip(groups, join(text_heads, image_heads, groups), strict=True)
         ]
         seen = [jnp.split(x, [text.shape[1]], axis=1) for x in seen]
-        image_seen = jnp.concatenate([x for _, x in seen], axis=1)
-        text_seen = jnp.stack([x for x, _ in seen], axis=1).reshape(text.shape)
+        image_seen = hooks.constrain(jnp.concatenate([x for _, x in seen], axis=1), "seen")
+        text_seen = hooks.constrain(jnp.stack([x for x, _ in seen], axis=1).reshape(text.shape), "seen")
 
         image = image + gate * self.attn.to_out(image_seen)
         image = image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
@@ -173,6 +176,7 @@ class LastBlock(nnx.Module):
         text: Float[Array, "n s d"],
         conditioning: Float[Array, "n d"],
         groups: Sequence[Group],
+        hooks: ShardingHooks = NO_HOOKS,
         *,
         history: bool = False,
     ) -> Float[Array, "b c d"]:
@@ -187,8 +191,9 @@ class LastBlock(nnx.Module):
         scale, shift = (m[:, None] for m in self.norm1_context(conditioning))
         y = modulate(text, shift, scale)
 
-        queries = self.attn.image_queries(trailing(x, lengths, kept))
+        queries = hooks.constrain(self.attn.image_queries(trailing(x, lengths, kept)), "heads")
         image_heads, text_heads = self.attn.image_keys_values(x), self.attn.text_keys_values(y)
+        image_heads, text_heads = ([hooks.constrain(x, "heads") for x in each] for each in (image_heads, text_heads))
         joined = join(text_heads, image_heads, groups)
         seen = [
             joint_attention(q, *keys_values, group, image.dtype)
@@ -196,7 +201,8 @@ class LastBlock(nnx.Module):
         ]
 
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, kept) for m in modulation)
-        image = trailing(image, lengths, kept) + gate * self.attn.to_out(jnp.concatenate(seen, axis=1))
+        seen = hooks.constrain(jnp.concatenate(seen, axis=1), "seen")
+        image = trailing(image, lengths, kept) + gate * self.attn.to_out(seen)
         return image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
 
 
