@@ -56,7 +56,9 @@ def recipe(mesh, **changes):
 def make_batch(spec):
     rng = np.random.Generator(np.random.Philox(1))
     batch = {name: rng.integers(3, 200, s.shape, np.int32) for name, s in spec.items() if name != "latents"}
-    batch["t5_mask"] = (np.arange(tiny_system.TEXT_LENGTH) < rng.integers(2, 12, (8, 1))).astype(np.int32)
+    batch["t5_mask"] = (np.arange(tiny_system.TEXT_LENGTH) < rng.integers(2, 12, (len(batch["t5_ids"]), 1))).astype(
+        np.int32
+    )
     return batch | {"latents": rng.standard_normal(spec["latents"].shape, np.float32)}
 
 

@@ -32,7 +32,8 @@ class Layout(Protocol):
     """Times and segments of one group's tokens, text first; anything with these two arrays will do.
 
     Queries read keys of their own segment and, in a causal network, of no later time. Real tokens are segment 1,
-    padded text 0, padded image tokens 2.
+    padded text 0, padded image tokens 2. A layout may also have ``fixed``, its times as numbers of Python, the same in
+    every row: attention can then skip what the mask rules out.
     """
 
     times: Int[Array, "b l"]
@@ -189,7 +190,8 @@ class MMDiT(nnx.Module):
                 length += tokens[-1].shape[1]
             mask = causal_mask(layout.times, layout.segments, causal=config.use_temporal_causal)
             cosines, sines = (x[:, :, None] for x in rope_tables(layout.times, config.attention_head_dim))
-            groups.append(Group(length, tokens[-1].shape[1], mask, cosines, sines))
+            fixed = getattr(layout, "fixed", None) if config.use_temporal_causal else None
+            groups.append(Group(length, tokens[-1].shape[1], mask, cosines, sines, layout.segments, fixed))
         return jnp.concatenate(tokens, axis=1), groups
 
     def _predict(self, image, conditioning, groups, sample, *, history: bool) -> list[Float[Array, "b t h w c"]]:

@@ -6,6 +6,8 @@ Without them it splits matrix products in ways nobody asked for and moves twice 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -16,22 +18,32 @@ from nd_jax.models.hooks import ShardingHooks
 from nd_jax.training.mesh import batch_entry, check_batch
 from nd_jax.training.sharding import DEFAULT_RULES, PARAM_AXES, Rules, axes_of
 
+Attention = Literal["auto", "dense", "splash"]
 
-def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> ShardingHooks:
-    """Hooks for networks trained on ``mesh``; the identity on a single device.
+
+def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES, *, attention: Attention = "auto") -> ShardingHooks:
+    """Hooks for networks trained on ``mesh``; on a single device there is nothing to constrain.
 
     Between blocks activations are split over examples (axis 0) and, along ``context``, over tokens (axis 1); inside
     attention over heads instead, which takes an all-to-all before and one after (DeepSpeed-Ulysses, arXiv 2309.14509).
+    Prompts in text encoders are split over as many axes as divide them.
     Weights, already in the compute dtype, are gathered where a layer reads them, except for the dimension that a rule
     gives to ``tensor``; their gradients go straight back to the parameters' slices (a reduce-scatter, where plain
     constraints would ask for an all-reduce).
     Raises ``UserError`` while tracing when examples, tokens or heads do not divide, naming the axis.
     """
+    chosen = attention == "splash" or (attention == "auto" and on_tpu(mesh))
+    kernel = splash_on(mesh) if chosen else None
     if mesh.size == 1:
-        return ShardingHooks()
+        return ShardingHooks(attention=kernel)
     inner = tuple(axis for axis in ("tensor", "context") if mesh.shape.get(axis, 1) > 1)
 
     def activation(x: jax.Array, name: str) -> jax.Array:
+        if name == "prompts":
+            axes = (*batch_entry(mesh), *inner)
+            while axes and x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+                axes = axes[:-1]
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes or None)))
         dims = _dims(name, x, inner)
         if x.shape[0] == 1 or dims is None:
             return x
@@ -62,7 +74,37 @@ def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> ShardingHooks:
         gathered.defvjp(lambda w: (gathered(w), None), backward)
         return gathered(w)
 
-    return ShardingHooks(activation=activation, weights=gather)
+    return ShardingHooks(activation=activation, weights=gather, attention=kernel)
+
+
+def on_tpu(mesh: Mesh) -> bool:
+    """Whether the mesh's devices are TPUs."""
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def splash_on(mesh: Mesh) -> Callable[..., jax.Array]:
+    """Splash attention (``nd_jax.models.splash``) with examples and heads where the constraints put them.
+
+    The compiler cannot divide a kernel, so that every device is told its part. Elsewhere than on a TPU it is
+    interpreted.
+    """
+    from nd_jax.models.splash import splash_attention  # Pallas is slow to import
+
+    batch = batch_entry(mesh)
+    inner = tuple(axis for axis in ("tensor", "context") if axis in mesh.shape) or None
+    interpret = not on_tpu(mesh)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, times: tuple, asking: tuple, segments: jax.Array) -> jax.Array:
+        segments = jax.numpy.broadcast_to(segments, (q.shape[0], segments.shape[1]))
+        heads = P(batch, None, inner, None)
+
+        def part(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+            return splash_attention(q, k, v, times, asking, segments, interpret=interpret)
+
+        places = {"in_specs": (heads, heads, heads, P(batch, None)), "out_specs": P(batch, None, inner)}
+        return jax.shard_map(part, mesh=mesh, check_vma=False, **places)(q, k, v, segments)
+
+    return attend
 
 
 def _dims(name: str, x: jax.Array, inner: tuple[str, ...]) -> list[tuple[str, ...]] | None:
