@@ -29,6 +29,7 @@ from nd_jax.recipes.perceptual import lpips_params
 from nd_jax.recipes.preset import DecoderRun, Preset, as_settings
 from nd_jax.system import VideoSystem, latent_stats, load_system, save_system
 from nd_jax.training.checkpoint import load_tree
+from nd_jax.training.cluster import once
 from nd_jax.training.loop import Outcome, train
 from nd_jax.training.paths import named_leaves
 from nd_jax.workflow import open_data
@@ -117,7 +118,7 @@ def train_decoder(
     if not outcome.finished:
         return outcome, None
     made = codec_params(load_tree(Path(out)), params)
-    save_component(Path(out) / "codec", recipe.tiny, made, overwrite=True)
+    once(lambda: save_component(Path(out) / "codec", recipe.tiny, made, overwrite=True), "writing the codec")
     return outcome, (recipe.tiny, made)
 
 
@@ -180,9 +181,10 @@ def distil_decoder(
         return outcome, out / "codec"
     if measured:
         both = {"native": teacher, "distilled": made}
-        write_figures(out / FIGURES, compare_decoders(both, measured))
+        once(lambda: write_figures(out / FIGURES, compare_decoders(both, measured)), "measuring the decoders")
     if system is None:
         return outcome, out / "codec"
     tokenizers = dict(load_folder(system.folder).tokenizers)
-    save_system(out / "system", replace_decoder(system, *made), tokenizers, overwrite=True)
+    changed = replace_decoder(system, *made)
+    once(lambda: save_system(out / "system", changed, tokenizers, overwrite=True), "writing the system")
     return outcome, out / "system"

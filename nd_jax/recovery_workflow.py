@@ -20,6 +20,7 @@ from nd_jax.models.system import DENOISER, TEXT_PARTS
 from nd_jax.recipes.preset import Preset, RecoveryRun
 from nd_jax.recipes.recovery import RecoveryRecipe
 from nd_jax.system import VideoSystem, save_system
+from nd_jax.training.cluster import once
 from nd_jax.training.loop import Outcome
 from nd_jax.workflow import train_flow
 
@@ -50,7 +51,8 @@ def recover(
         outcome, recovered = train_flow(preset, f"{name}/stage1", run.stage1, out / "stage1", start=start, **options)
         if recovered is None:
             return outcome, None
-        save_system(out / "stage1" / "system", recovered, tokenizers, overwrite=True)
+        folder = out / "stage1" / "system"
+        once(lambda: save_system(folder, recovered, tokenizers, overwrite=True), "writing the first stage's system")
         start = recovered
     make = partial(RecoveryRecipe, kept=start.kept_blocks)
     given = (teacher.params[DENOISER],)

@@ -21,6 +21,7 @@ from nd_jax.recipes.preset import Preset, TextDistillRun
 from nd_jax.system import load_system, save_system
 from nd_jax.text_report import text_report
 from nd_jax.text_workflow import prompt_source, shared_tokenizer, train_text_student
+from nd_jax.training.cluster import once
 from nd_jax.training.loop import Outcome
 from nd_jax.weights import shipped_folder
 
@@ -132,10 +133,14 @@ def distil_text(
     )
     if student is None:
         return outcome, None
-    save_system(out / "system", student, tokenizers, dtype=None, overwrite=True)
+    once(lambda: save_system(out / "system", student, tokenizers, dtype=None, overwrite=True), "writing the system")
     if features is not None:
         system = load_system(teacher, dtype=None)
     report = text_report(system, student, texts)
-    with new_file(out / FIGURES, overwrite=True) as part:
-        part.write_text(json.dumps(report, indent=2) + "\n")
+
+    def write() -> None:
+        with new_file(out / FIGURES, overwrite=True) as part:
+            part.write_text(json.dumps(report, indent=2) + "\n")
+
+    once(write, "writing the report")
     return outcome, report

@@ -29,6 +29,7 @@ from nd_jax.recipes.text_distillation import TextDistillRecipe
 from nd_jax.recipes.text_teacher import EMBEDDER, Teacher, check_student, teacher_params
 from nd_jax.system import TOKENIZERS, VideoSystem, check_parts, check_vocabularies
 from nd_jax.training.checkpoint import load_tree
+from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.loop import Outcome, train
 from nd_jax.training.mesh import make_mesh
 from nd_jax.training.sharding import param_shardings
@@ -106,6 +107,7 @@ def train_text_student(
         denoiser=teacher.config.diffusion_transformer,
         teacher=live,
         text_length=length,
+        hooks=sharding_hooks(make_mesh(run.loop.mesh)),
     )
     recipe.check_start(start or {})
     check_vocabularies(teacher.tokenizers, dataclasses.replace(teacher.config, text_encoder_3=run.encoder))

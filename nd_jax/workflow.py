@@ -38,6 +38,7 @@ from nd_jax.models.functional import Params
 from nd_jax.models.system import CODEC, DENOISER, TEXT_PARTS
 from nd_jax.outputs import new_file
 from nd_jax.pixels import from_uint8
+from nd_jax.planning.live import flow_work
 from nd_jax.recipes.codec import CodecRecipe
 from nd_jax.recipes.feeds import Feed, MixedFeed
 from nd_jax.recipes.flow_matching import FlowRecipe
@@ -46,6 +47,7 @@ from nd_jax.recipes.pruning import remove_blocks
 from nd_jax.recipes.text_attributes import TextAttributesRecipe
 from nd_jax.system import TOKENIZERS, VideoSystem, check_vocabularies, latent_stats, text_tokenizers
 from nd_jax.training.checkpoint import load_tree
+from nd_jax.training.cluster import once
 from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.loop import Outcome, train
 from nd_jax.training.mesh import make_mesh
@@ -164,7 +166,8 @@ def train_codec(
     mesh = make_mesh(run.loop.mesh)
     outcome = _train(preset, "codec", recipe, Feed(stream, recipe.batch_spec()), run, out, mesh=mesh, quiet=quiet)
     if outcome.finished:
-        save_component(Path(out) / "codec", network, load_tree(Path(out)), overwrite=True)
+        made = load_tree(Path(out))
+        once(lambda: save_component(Path(out) / "codec", network, made, overwrite=True), "writing the codec")
     return outcome
 
 
@@ -326,7 +329,7 @@ def train_flow(
         sizes=sizes,
         text_length=video.text_length,
         clip_length=video.clip_length,
-        hooks=sharding_hooks(mesh),
+        hooks=sharding_hooks(mesh, attention=run.recipe.attention),
     )
     readers = text_tokenizers(tokenizers, video)
     check_vocabularies(readers, config)
@@ -344,7 +347,9 @@ def train_flow(
     spec = recipe.batch_spec()
     feed = MixedFeed(streams, columns, spec) if len(streams) > 1 else Feed(streams[0], spec)
     given = text or {} if start is None else {k: v for k, v in start.params.items() if k != CODEC}
-    outcome = _train(preset, name, recipe, feed, run, out, mesh=mesh, given=(given, *also_given), quiet=quiet)
+    work = flow_work(recipe, also_given[0] if also_given else None, list(mesh.devices.flat))
+    options = {"mesh": mesh, "given": (given, *also_given), "work": work, "quiet": quiet}
+    outcome = _train(preset, name, recipe, feed, run, out, **options)
     if not outcome.finished:
         return outcome, None
     params: dict[str, Params] = {**load_tree(Path(out)), CODEC: codec_params}

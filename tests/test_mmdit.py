@@ -207,13 +207,14 @@ def split(mesh, tree):
 
 
 def test_hooks_shard_batch_and_weights_without_changing_the_result(mesh):
-    names, dtypes = [], []
+    names, dtypes, paths = [], [], []
 
     def activation(x, name):
         names.append(name)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("fsdp")))
 
-    def weights(w):
+    def weights(w, name):
+        paths.append(name)
         dtypes.append(w.dtype)
         return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec()))
 
@@ -221,7 +222,8 @@ def test_hooks_shard_batch_and_weights_without_changing_the_result(mesh):
     hooks = ShardingHooks(activation=activation, weights=weights)
     sharded = run(SMALL, split(mesh, params), inputs, hooks=hooks)
     assert close(sharded, run(SMALL, params, inputs))
-    assert set(names) == {"image", "text"}
+    assert set(names) == {"image", "text", "heads", "seen"}
+    assert {"attn/to_q/kernel", "ff/up/bias", "linear/kernel", "kernel"} <= set(paths)
     dtypes.clear()
     *arrays, layouts = inputs
     jax.eval_shape(lambda p: definition(SMALL, dtype=jnp.bfloat16, hooks=hooks)(p, *arrays, layouts), params)
@@ -233,7 +235,7 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass(mesh):
     params, (*arrays, layouts) = split(mesh, draw_params(SMALL)), draw_inputs(SMALL)
     shape = params["blocks"]["ff"]["up"]["kernel"].shape
     whole = NamedSharding(mesh, PartitionSpec())
-    hooks = ShardingHooks(weights=lambda w: jax.lax.with_sharding_constraint(w, whole))
+    hooks = ShardingHooks(weights=lambda w, name: jax.lax.with_sharding_constraint(w, whole))
     network = definition(SMALL, hooks=hooks)
     loss = lambda p: network(p, *arrays, layouts)[0].mean()  # noqa: E731
     kept = jax.jit(lambda p: jax.tree.leaves(jax.vjp(loss, p)[1]), compiler_options=QUICK)(params)

@@ -55,12 +55,17 @@ def train(preset: str, run: str, options: Options) -> int:
         MeanFlowOptions: _distil_steps,
         AdversarialOptions: _distil_steps,
     }[type(options)]
+    from nd_jax.training.cluster import is_leader, join_cluster
+
+    join_cluster()
     outcome, result = work(load_preset(preset), run, options)
-    say(f"stopped at step {outcome.step} ({outcome.reason}), {outcome.seconds:.0f} s")
+    tell = say if is_leader() else lambda line: None
+    tell(f"stopped at step {outcome.step} ({outcome.reason}), {outcome.seconds:.0f} s")
     if not outcome.finished:
-        say("run the same command again to continue")
+        tell("run the same command again to continue")
         return INTERRUPTED
-    print(result)
+    if is_leader():
+        print(result)
     return 0
 
 
@@ -184,9 +189,10 @@ def _start(path: Path) -> tuple[Any, Path, dict[str, Path]]:
 def _left(out: Path, system: Any, tokenizers: dict[str, Path]) -> Path:
     """Where a run's result is, written if the run was not interrupted."""
     from nd_jax.system import save_system
+    from nd_jax.training.cluster import once
 
     if system is not None:
-        save_system(out / "system", system, tokenizers, overwrite=True)
+        once(lambda: save_system(out / "system", system, tokenizers, overwrite=True), "writing the system")
     return out / "system"
 
 

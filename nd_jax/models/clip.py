@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from nd_jax.errors import UserError
 from nd_jax.models.activations import ACTIVATIONS, check_activation
 from nd_jax.models.functional import Definition
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.stacked import scan_stack, stack
 
 LEGACY_EOS = 2  # in the published configs; the tokenizers' real end-of-text id is the largest in the vocabulary
@@ -216,8 +217,10 @@ class CLIPText(nnx.Module):
     pipelines do not do.
     """
 
-    def __init__(self, config: CLIPTextConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.config, self.dtype = config, dtype
+    def __init__(
+        self, config: CLIPTextConfig, *, dtype: Any = jnp.float32, hooks: ShardingHooks = NO_HOOKS, rngs: nnx.Rngs
+    ):
+        self.config, self.dtype, self.hooks = config, dtype, hooks
         self.text_model = CLIPTextTransformer(config, dtype, rngs)
         if config.with_projection:
             std = config.hidden_size**-0.5
@@ -245,7 +248,9 @@ class CLIPText(nnx.Module):
             x, _ = carry
             return (layer(x, mask), x), (x if return_hidden_states else None)
 
-        (hidden, penultimate), inner = scan_stack(self.text_model.encoder.layers, step, (embedded, embedded))
+        (hidden, penultimate), inner = scan_stack(
+            self.text_model.encoder.layers, step, (embedded, embedded), hooks=self.hooks, dtype=self.dtype
+        )
         last = self.text_model.final_layer_norm(hidden).astype(self.dtype)
         position = pooled_position(input_ids, self.config.eos_token_id)
         pooled = jnp.take_along_axis(last, position[:, None, None], axis=1)[:, 0]
@@ -259,6 +264,6 @@ class CLIPText(nnx.Module):
         )
 
 
-def definition(config: CLIPTextConfig, *, dtype: Any = jnp.float32) -> Definition:
+def definition(config: CLIPTextConfig, *, dtype: Any = jnp.float32, hooks: ShardingHooks | None = None) -> Definition:
     """Structure of a CLIP text tower that computes in ``dtype`` (norms and softmax in float32)."""
-    return Definition(lambda rngs: CLIPText(config, dtype=dtype, rngs=rngs))
+    return Definition(lambda rngs: CLIPText(config, dtype=dtype, hooks=hooks or NO_HOOKS, rngs=rngs))

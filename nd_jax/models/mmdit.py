@@ -32,7 +32,8 @@ class Layout(Protocol):
     """Times and segments of one group's tokens, text first; anything with these two arrays will do.
 
     Queries read keys of their own segment and, in a causal network, of no later time. Real tokens are segment 1,
-    padded text 0, padded image tokens 2.
+    padded text 0, padded image tokens 2. A layout may also have ``fixed``, its times as numbers of Python, the same in
+    every row: attention can then skip what the mask rules out.
     """
 
     times: Int[Array, "b l"]
@@ -115,7 +116,7 @@ class MMDiT(nnx.Module):
         def body(carry, layer):
             image, text = (self.hooks.constrain(x, name) for x, name in zip(carry, ("image", "text"), strict=True))
             block = self._ready(nnx.merge(graphdef, layer))
-            new_image, new_text = block(image, text, conditioning, groups)
+            new_image, new_text = block(image, text, conditioning, groups, self.hooks)
             out = (
                 (new_image, new_text) if return_blocks else None,
                 reducer(image, new_image, text, new_text) if reducer else None,
@@ -134,7 +135,8 @@ class MMDiT(nnx.Module):
         graphdef, state = nnx.split(self.last_block)
 
         def last(image, text, state):
-            return self._ready(nnx.merge(graphdef, state))(image, text, conditioning, groups, history=return_blocks)
+            block = self._ready(nnx.merge(graphdef, state))
+            return block(image, text, conditioning, groups, self.hooks, history=return_blocks)
 
         image = self.hooks.constrain(self._remat(last, remat, looped=False)(image, text, state), "image")
         predictions = self._predict(image, conditioning, groups, sample, history=return_blocks)
@@ -163,7 +165,7 @@ class MMDiT(nnx.Module):
 
         def ready(path, w):
             w = w.astype(dtype or self.dtype) if path[-1] == "kernel" else w
-            return self.hooks.gather(w)
+            return self.hooks.gather(w, "/".join(map(str, path)))
 
         graphdef, state = nnx.split(module)
         flat = [(path, leaf.replace(ready(path, leaf.get_value()))) for path, leaf in nnx.to_flat_state(state)]
@@ -188,7 +190,8 @@ class MMDiT(nnx.Module):
                 length += tokens[-1].shape[1]
             mask = causal_mask(layout.times, layout.segments, causal=config.use_temporal_causal)
             cosines, sines = (x[:, :, None] for x in rope_tables(layout.times, config.attention_head_dim))
-            groups.append(Group(length, tokens[-1].shape[1], mask, cosines, sines))
+            fixed = getattr(layout, "fixed", None) if config.use_temporal_causal else None
+            groups.append(Group(length, tokens[-1].shape[1], mask, cosines, sines, layout.segments, fixed))
         return jnp.concatenate(tokens, axis=1), groups
 
     def _predict(self, image, conditioning, groups, sample, *, history: bool) -> list[Float[Array, "b t h w c"]]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from nd_jax.models.attention import attend
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.norms import AdaLayerNorm, LayerNorm, NoNorm, RMSNorm, modulate
 from nd_jax.models.positions import apply_rope
 
@@ -33,6 +34,9 @@ class Group:
     mask: Bool[Array, "b l l"]
     cosines: Float[Array, "b l 1 r"]
     sines: Float[Array, "b l 1 r"]
+    segments: Int[Array, "b l"] | None = None
+    fixed: tuple[int, ...] | None = None
+    """Every token's time, where it is known before compiling."""
 
 
 def spread(rows: Float[Array, "b*g d"], lengths: Sequence[int]) -> Float[Array, "b l d"]:
@@ -133,6 +137,7 @@ class Block(nnx.Module):
         text: Float[Array, "n s d"],
         conditioning: Float[Array, "n d"],
         groups: Sequence[Group],
+        hooks: ShardingHooks = NO_HOOKS,
     ) -> tuple[Float[Array, "b l d"], Float[Array, "n s d"]]:
         """Image and text tokens after the block, in the dtype they came in."""
         lengths = [group.length for group in groups]
@@ -142,14 +147,12 @@ class Block(nnx.Module):
         context = [m[:, None] for m in self.norm1_context(conditioning)]
         y = modulate(text, context[0], context[1])
         text_heads = self.attn.text_queries(y), *self.attn.text_keys_values(y)
+        image_heads, text_heads = ([hooks.constrain(x, "heads") for x in each] for each in (image_heads, text_heads))
 
-        seen = [
-            joint_attention(*joined, group, image.dtype)
-            for group, joined in zip(groups, join(text_heads, image_heads, groups), strict=True)
-        ]
+        seen = attend_all(join(text_heads, image_heads, groups), groups, image.dtype, hooks)
         seen = [jnp.split(x, [text.shape[1]], axis=1) for x in seen]
-        image_seen = jnp.concatenate([x for _, x in seen], axis=1)
-        text_seen = jnp.stack([x for x, _ in seen], axis=1).reshape(text.shape)
+        image_seen = hooks.constrain(jnp.concatenate([x for _, x in seen], axis=1), "seen")
+        text_seen = hooks.constrain(jnp.stack([x for x, _ in seen], axis=1).reshape(text.shape), "seen")
 
         image = image + gate * self.attn.to_out(image_seen)
         image = image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
@@ -173,6 +176,7 @@ class LastBlock(nnx.Module):
         text: Float[Array, "n s d"],
         conditioning: Float[Array, "n d"],
         groups: Sequence[Group],
+        hooks: ShardingHooks = NO_HOOKS,
         *,
         history: bool = False,
     ) -> Float[Array, "b c d"]:
@@ -187,17 +191,42 @@ class LastBlock(nnx.Module):
         scale, shift = (m[:, None] for m in self.norm1_context(conditioning))
         y = modulate(text, shift, scale)
 
-        queries = self.attn.image_queries(trailing(x, lengths, kept))
+        queries = hooks.constrain(self.attn.image_queries(trailing(x, lengths, kept)), "heads")
         image_heads, text_heads = self.attn.image_keys_values(x), self.attn.text_keys_values(y)
+        image_heads, text_heads = ([hooks.constrain(x, "heads") for x in each] for each in (image_heads, text_heads))
         joined = join(text_heads, image_heads, groups)
-        seen = [
-            joint_attention(q, *keys_values, group, image.dtype)
-            for q, keys_values, group in zip(cut(queries, kept), joined, groups, strict=True)
-        ]
+        asked = [(q, *keys_values) for q, keys_values in zip(cut(queries, kept), joined, strict=True)]
+        seen = attend_all(asked, groups, image.dtype, hooks)
 
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, kept) for m in modulation)
-        image = trailing(image, lengths, kept) + gate * self.attn.to_out(jnp.concatenate(seen, axis=1))
+        seen = hooks.constrain(jnp.concatenate(seen, axis=1), "seen")
+        image = trailing(image, lengths, kept) + gate * self.attn.to_out(seen)
         return image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
+
+
+def attend_all(
+    heads: Sequence[tuple[Array, Array, Array]], groups: Sequence[Group], dtype: jnp.dtype, hooks: ShardingHooks
+) -> list[Float[Array, "b q d"]]:
+    """Attention of every group: one by one, or all at once where the hooks offer it and the layouts are exact."""
+    if hooks.attention is None or any(group.fixed is None for group in groups):
+        return [joint_attention(*each, group, dtype) for each, group in zip(heads, groups, strict=True)]
+    turned = [turn(q, k, group, dtype) for (q, k, _), group in zip(heads, groups, strict=True)]
+    q, k, v = (
+        jnp.concatenate(parts, axis=1)
+        for parts in ([q for q, _ in turned], [k for _, k in turned], [v for *_, v in heads])
+    )
+    rows = max(group.segments.shape[0] for group in groups)
+    segments = [jnp.broadcast_to(g.segments, (rows, g.segments.shape[1])) for g in groups]
+    asking = tuple(q.shape[1] for q, _ in turned)
+    times = tuple(group.fixed for group in groups)
+    return cut(hooks.attention(q, k, v, times, asking, jnp.concatenate(segments, axis=1)), asking)
+
+
+def turn(q: Float[Array, "b q h k"], k: Float[Array, "b l h k"], group: Group, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Queries and keys with their rotary embedding; ``q`` may be the last tokens only."""
+    n = q.shape[1]
+    q = apply_rope(q, group.cosines[:, -n:], group.sines[:, -n:]).astype(dtype)
+    return q, apply_rope(k, group.cosines, group.sines).astype(dtype)
 
 
 def joint_attention(
@@ -205,6 +234,4 @@ def joint_attention(
 ) -> Float[Array, "b q d"]:
     """Attention of one group over text and image tokens; ``q`` may be the last of them only."""
     n = q.shape[1]
-    q = apply_rope(q, group.cosines[:, -n:], group.sines[:, -n:]).astype(dtype)
-    k = apply_rope(k, group.cosines, group.sines).astype(dtype)
-    return attend(q, k, v, group.mask[:, -n:])
+    return attend(*turn(q, k, group, dtype), v, group.mask[:, -n:])

@@ -10,6 +10,9 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
+
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -23,8 +26,18 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
     return make(rngs)
 
 
+def _flat(state: Any) -> list:
+    return list(nnx.to_flat_state(state))
+
+
 def scan_stack(
-    blocks: nnx.Module, step: Callable[[nnx.Module, Any], tuple[Any, Any]], carry: Any, *, remat: bool = False
+    blocks: nnx.Module,
+    step: Callable[[nnx.Module, Any], tuple[Any, Any]],
+    carry: Any,
+    *,
+    remat: bool = False,
+    hooks: ShardingHooks = NO_HOOKS,
+    dtype: DTypeLike | None = None,
 ) -> tuple[Any, Any]:
     """Run ``carry, out = step(block, carry)`` over the layer axis.
 
@@ -33,6 +46,8 @@ def scan_stack(
         step: one layer; the block it gets has no layer axis.
         carry: what flows from layer to layer.
         remat: recompute each layer in the backward pass instead of keeping what is inside it.
+        hooks: each layer's weights pass through it, kernels in ``dtype``, and so do its activations, as "prompts".
+        dtype: what the layers cast their kernels to anyway.
 
     Returns:
         The last carry, and every layer's ``out`` stacked on a leading axis.
@@ -40,6 +55,14 @@ def scan_stack(
     graphdef, state = nnx.split(blocks)
 
     def body(carry: Any, layer: Any) -> tuple[Any, Any]:
+        if hooks.activation is not None:
+            carry = jax.tree.map(lambda x: hooks.constrain(x, "prompts"), carry)
+        if hooks.weights is not None:
+            layer = nnx.from_flat_state([(path, leaf.replace(ready(path, leaf))) for path, leaf in _flat(layer)])
         return step(nnx.merge(graphdef, layer), carry)
+
+    def ready(path: tuple, leaf: Any) -> jax.Array:
+        w = leaf.get_value()
+        return hooks.gather(w.astype(dtype or w.dtype) if path[-1] == "kernel" else w, "/".join(map(str, path)))
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, state)

@@ -7,7 +7,7 @@ Parameters of a system are one dict keyed by the names below, which are also the
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from nd_jax.models.causal_vae import AsymmetricVAEConfig, NativeVAEConfig
 from nd_jax.models.clip import CLIPTextConfig
 from nd_jax.models.context_adapter import ContextAdapterConfig
 from nd_jax.models.functional import Definition, Params
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.t5 import T5Config
 
@@ -46,12 +47,15 @@ class SystemConfig:
     text_encoder_3: T5Config | None = None
     context_adapter: ContextAdapterConfig | None = None
 
-    def definitions(self, dtype=jnp.float32) -> dict[str, Definition]:
-        """A ``Definition`` per network that this system has."""
+    def definitions(self, dtype=jnp.float32, hooks: ShardingHooks | None = None) -> dict[str, Definition]:
+        """A ``Definition`` per network that this system has; ``hooks`` go to text encoders and denoiser."""
         makers = {CLIP_1: clip, CLIP_2: clip, T5: t5, ADAPTER: context_adapter, DENOISER: mmdit, CODEC: causal_vae}
         configs = {name: getattr(self, name) for name in makers}
+        options = {name: {"hooks": hooks} for name in (CLIP_1, CLIP_2, T5, DENOISER)}
         return {
-            name: makers[name].definition(config, dtype=dtype) for name, config in configs.items() if config is not None
+            name: makers[name].definition(config, dtype=dtype, **options.get(name, {}))
+            for name, config in configs.items()
+            if config is not None
         }
 
 
@@ -72,11 +76,33 @@ class Conditions(NamedTuple):
     pooled: Float[Array, "n p"]
 
 
-def encode_text(definitions: dict[str, Definition], params: Params, tokens: TextTokens) -> Conditions:
+def whole_kernels(params: Params, dtype: Any, hooks: ShardingHooks) -> Params:
+    """A network's parameters with those kernels passed through ``hooks`` that are no part of a stack, in ``dtype``."""
+    if hooks.weights is None:
+        return params
+
+    def ready(path: tuple, w: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        alone = w.ndim == 2 and name.endswith("kernel")
+        return hooks.gather(w.astype(dtype), name) if alone else w
+
+    return jax.tree_util.tree_map_with_path(ready, params)
+
+
+def encode_text(
+    definitions: dict[str, Definition],
+    params: Params,
+    tokens: TextTokens,
+    *,
+    hooks: ShardingHooks = NO_HOOKS,
+    dtype: Any = jnp.float32,
+) -> Conditions:
     """Prompt tokens to conditions (paper, figure 2): DT5 and adapter for the sequence, both CLIP towers pooled.
 
-    The pooled vector is the concatenation of both towers' projected states, first tower first.
+    The pooled vector is the concatenation of both towers' projected states, first tower first. ``hooks`` and ``dtype``
+    are those the networks were defined with.
     """
+    params = {name: whole_kernels(params[name], dtype, hooks) for name in TEXT_PARTS if name in params}
     encoded = definitions[T5](params[T5], tokens.t5_ids, tokens.t5_mask)
     text = encoded.last_hidden_state if encoded.prompt_embeds is None else encoded.prompt_embeds
     if ADAPTER in definitions:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from nd_jax.errors import UserError
 from nd_jax.models.activations import ACTIVATIONS, check_activation
 from nd_jax.models.functional import Definition
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.stacked import scan_stack, stack
 
 _FEED_FORWARDS = {"gated-gelu": ("gelu_new", True), "gated-silu": ("silu", True), "relu": ("relu", False)}
@@ -228,8 +229,8 @@ class T5Block(nnx.Module):
 class T5Stack(nnx.Module):
     """The blocks (stacked on a layer axis), their common position bias and the final norm."""
 
-    def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs, hooks: ShardingHooks = NO_HOOKS):
+        self.config, self.dtype, self.hooks = config, dtype, hooks
         self.block = stack(lambda keys: T5Block(config, dtype, keys), config.num_layers, rngs)
         self.relative_attention_bias = nnx.Embed(
             config.relative_attention_num_buckets,
@@ -256,7 +257,8 @@ class T5Stack(nnx.Module):
         bias = self.position_bias(x.shape[1])
         if attention_mask is not None:
             bias = jnp.where(attention_mask[:, None, None, :] > 0, bias, jnp.finfo(jnp.float32).min)
-        x, _ = scan_stack(self.block, lambda block, x: (block(x, bias), None), x, remat=remat)
+        options = {"remat": remat, "hooks": self.hooks, "dtype": self.dtype}
+        x, _ = scan_stack(self.block, lambda block, x: (block(x, bias), None), x, **options)
         return self.final_layer_norm(x)
 
 
@@ -266,12 +268,12 @@ class T5Encoder(nnx.Module):
     ``attention_mask`` [B, S] is 1 at tokens that may be read; ``None`` means all. Padded positions are computed too.
     """
 
-    def __init__(self, config: T5Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, *, dtype: Any = jnp.float32, hooks: ShardingHooks = NO_HOOKS, rngs: nnx.Rngs):
         self.config = config
         self.shared = nnx.Embed(
             config.vocab_size, config.d_model, embedding_init=jax.nn.initializers.normal(1.0), dtype=dtype, rngs=rngs
         )
-        self.encoder = T5Stack(config, dtype, rngs)
+        self.encoder = T5Stack(config, dtype, rngs, hooks)
         if config.out_dim is not None:
             widths = (config.d_model, config.out_dim, config.out_dim)
             self.final_projection = nnx.List(
@@ -288,6 +290,6 @@ class T5Encoder(nnx.Module):
         return T5Output(hidden, second(jax.nn.relu(first(hidden))))
 
 
-def definition(config: T5Config, *, dtype: Any = jnp.float32) -> Definition:
+def definition(config: T5Config, *, dtype: Any = jnp.float32, hooks: ShardingHooks | None = None) -> Definition:
     """Structure of a T5 encoder that computes in ``dtype`` (norms, softmax and position bias in float32)."""
-    return Definition(lambda rngs: T5Encoder(config, dtype=dtype, rngs=rngs))
+    return Definition(lambda rngs: T5Encoder(config, dtype=dtype, hooks=hooks or NO_HOOKS, rngs=rngs))

@@ -10,6 +10,7 @@ unit: the slot "k units back" holds unit ``unit_index - k`` and is empty where t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,6 +148,8 @@ class LayoutArrays:
 
     times: Int[Array, "b l"]
     segments: Int[Array, "b l"]
+    fixed: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    """``times`` where they are known while tracing and the same in every row."""
 
     def mask(self, causal: bool = True) -> Bool[Array, "b l l"]:
         """Whether query (axis 1) may see key (axis 2): same segment and, if causal, not later."""
@@ -198,7 +201,13 @@ def layout_arrays(
     if text_mask is not None and text_mask.shape[1] != envelope.text_length:
         raise UserError(f"layout: text mask has {text_mask.shape[1]} tokens, the envelope {envelope.text_length}")
     tokens = [h * w // envelope.patch_size**2 for _, h, w in envelope.clips]
-    return _arrays(clip_times(envelope, unit_index), tokens, text_mask, envelope.text_length)
+    arrays = _arrays(clip_times(envelope, unit_index), tokens, text_mask, envelope.text_length)
+    if not isinstance(unit_index, int):
+        return arrays
+    first = (unit_index - 1) * envelope.frames_per_unit + 1
+    relative = [np.repeat(t, n) for t, n in zip(envelope.frame_times(), tokens, strict=True)]
+    image = np.maximum(first + np.concatenate(relative), 0)
+    return dataclasses.replace(arrays, fixed=(0,) * envelope.text_length + tuple(image.tolist()))
 
 
 def exact_layout(

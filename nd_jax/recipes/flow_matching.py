@@ -17,9 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from nd_jax.errors import UserError
-from nd_jax.models import mmdit
 from nd_jax.models.functional import Params
-from nd_jax.models.hooks import ShardingHooks
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.system import (
     CODEC,
     DENOISER,
@@ -32,7 +31,7 @@ from nd_jax.models.system import (
 )
 from nd_jax.pyramid.columns import column_stages
 from nd_jax.pyramid.examples import flow_example, history_noise_shapes
-from nd_jax.pyramid.layout import envelopes, layout_arrays
+from nd_jax.pyramid.layout import Envelope, envelopes, layout_arrays
 from nd_jax.pyramid.normalise import LatentStats
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.pyramid.targets import per_sample_loss
@@ -58,11 +57,16 @@ class FlowRecipeConfig:
     """Largest noise strength in the history."""
     caption_dropout: float = 0.1
     """Share of prompts replaced by the empty one, for guidance."""
+    every_unit: bool = False
+    """Deal the batch over units too: a column for every stage and latent frame, whose layout then is exact. No image
+    token is padding, no unit is drawn, and the batch has to be a multiple of so many more columns: for pods."""
     balanced: bool = True
     """Rows that train the top stage at unit u go with rows that train the others at unit U - 1 - u, so that every
     update sees equally long histories. Otherwise units are drawn independently."""
     train_text: bool = True
     """Train the text encoders along with the denoiser."""
+    attention: Literal["auto", "dense", "splash"] = "auto"
+    """Dense, or the splash kernel, which needs ``every_unit``; auto: the kernel on TPUs, where layouts are exact."""
     microbatches: int = 1
     """Passes per update; each needs 1 / microbatches of the memory."""
     remat: Literal["none", "full", "dots"] = "none"
@@ -72,6 +76,11 @@ class FlowRecipeConfig:
     ema_decay: float = 0.999
     """Of the averaged parameters, which are the result."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.95, weight_decay=1e-4, warmup_steps=1000))
+
+
+def _units(count: int, apart: bool) -> list[tuple[int, ...]]:
+    """The units that a column may train: all of them, or one each."""
+    return [(unit,) for unit in range(count)] if apart else [tuple(range(count))]
 
 
 def normals(key: jax.Array, rows: int, shapes: Sequence[tuple[int, ...]]) -> list[Float[Array, "b ..."]]:
@@ -115,10 +124,16 @@ class FlowRecipe:
             )
         self.lengths = (text_length, clip_length)
         stages = column_stages(config.stage_mix)
-        self.columns = tuple(stage for share in config.size_mix for _ in range(share) for stage in stages)
-        self.column_sizes = tuple(
-            index for index, share in enumerate(config.size_mix) for _ in range(share * len(stages))
-        )
+        dealt = [
+            (stage, index, units)
+            for index, share in enumerate(config.size_mix)
+            for _ in range(share)
+            for units in _units(self.sizes[index][0], config.every_unit)
+            for stage in stages
+        ]
+        self.columns = tuple(stage for stage, _, _ in dealt)
+        self.column_sizes = tuple(size for _, size, _ in dealt)
+        self.column_units = tuple(units for _, _, units in dealt)
         if len(config.stage_mix) != schedule.stages or config.batch % len(self.columns):
             raise UserError(
                 f"flow matching: batch {config.batch}, stage mix {config.stage_mix}, size mix {config.size_mix}; "
@@ -130,9 +145,14 @@ class FlowRecipe:
             raise UserError(
                 f"flow matching: {config.microbatches} microbatches, {rows} rows a column; expected a divisor of {rows}"
             )
+        if config.attention == "splash" and not config.every_unit:
+            raise UserError(
+                "flow matching: --recipe.attention splash reads a mask that is known before compiling; expected "
+                "--recipe.every-unit with it"
+            )
         dtype = jnp.dtype(config.dtype)
-        self.definitions = system.definitions(dtype)
-        self.definitions[DENOISER] = mmdit.definition(system.diffusion_transformer, dtype=dtype, hooks=hooks)
+        self.hooks, self.dtype = hooks or NO_HOOKS, dtype
+        self.definitions = system.definitions(dtype, hooks)
         frozen = () if config.train_text else (Rule(rf"^({'|'.join(TEXT_PARTS)})/", label=FROZEN),)
         self.rules = Rules(frozen + table)
         self.optimizer = make_optimizer(config.optim, self.rules)
@@ -142,7 +162,8 @@ class FlowRecipe:
             for units, height, width in self.sizes
         ]
         self.envelopes = [
-            self.size_envelopes[size][stage] for size, stage in zip(self.column_sizes, self.columns, strict=True)
+            Envelope(stage, max(units), text_length, *self.sizes[size][1:], patch, stages=schedule.stages)
+            for stage, size, units in dealt
         ]
         self._grads = value_and_grad(self.loss, config.microbatches)
 
@@ -182,8 +203,8 @@ class FlowRecipe:
         if self.config.balanced:
             is_top = jnp.array([stage == stages - 1 for stage in self.columns])
             for_units = jnp.where(is_top, for_units[:, :1], 1 - for_units[:, :1])
-        units = jnp.array([self.sizes[size][0] for size in self.column_sizes])
-        unit = jnp.minimum(jnp.floor(for_units * units), units - 1).astype(jnp.int32)
+        first, counts = (jnp.array([f(units) for units in self.column_units]) for f in (min, len))
+        unit = first + jnp.minimum(jnp.floor(for_units * counts), counts - 1).astype(jnp.int32)
         shapes = [(1, envelope.height, envelope.width, channels) for envelope in self.envelopes]
         shapes += [shape[1:] for envelope in self.envelopes for shape in history_noise_shapes(envelope, rows, channels)]
         arrays = normals(normal_key, rows, shapes)
@@ -203,13 +224,14 @@ class FlowRecipe:
         tokens = TextTokens(*(examples[name].reshape(-1, examples[name].shape[-1]) for name in TextTokens._fields))
         if not self.config.train_text:
             params = {name: jax.lax.stop_gradient(p) if name in TEXT_PARTS else p for name, p in params.items()}
-        return encode_text(self.definitions, params, tokens)
+        return encode_text(self.definitions, params, tokens, hooks=self.hooks, dtype=self.dtype)
 
     def assemble(self, conditions: Conditions, examples: dict[str, Any]) -> Packed:
         """``pack`` for encoded prompts. Where ``examples`` has ``local`` [B, G], the local noise is that."""
         groups, built = len(self.columns), []
         latents = self.column_latents(examples)
         for group, envelope in enumerate(self.envelopes):
+            units = self.column_units[group]
             unit = examples["unit"][:, group]
             example = flow_example(
                 envelope,
@@ -223,7 +245,12 @@ class FlowRecipe:
                 history_noise=examples["history"][group],
                 corrupt_ratio=self.config.corrupt_ratio,
             )
-            built.append((example, layout_arrays(envelope, unit, conditions.mask[group::groups])))
+            built.append(
+                (
+                    example,
+                    layout_arrays(envelope, units[0] if len(units) == 1 else unit, conditions.mask[group::groups]),
+                )
+            )
         return Packed([example for example, _ in built], [layout for _, layout in built], conditions)
 
     def column_latents(self, examples: dict[str, Any]) -> list[Float[Array, "b u h w c"]]:

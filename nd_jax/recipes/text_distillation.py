@@ -21,8 +21,9 @@ from nd_jax.errors import UserError
 from nd_jax.models import context_adapter, t5
 from nd_jax.models.context_adapter import ContextAdapterConfig
 from nd_jax.models.functional import Params
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.mmdit import MMDiTConfig
-from nd_jax.models.system import ADAPTER, T5, SystemConfig
+from nd_jax.models.system import ADAPTER, T5, SystemConfig, whole_kernels
 from nd_jax.models.t5 import T5Config
 from nd_jax.recipes.lora import LoraConfig, init_lora, merge_lora
 from nd_jax.recipes.text_teacher import EMBEDDER, Teacher, check_student, embed, read_states
@@ -103,7 +104,9 @@ class TextDistillRecipe:
         denoiser: MMDiTConfig,
         teacher: SystemConfig | None,
         text_length: int,
+        hooks: ShardingHooks = NO_HOOKS,
     ):
+        self.hooks, self.dtype = hooks, jnp.dtype(config.dtype)
         self.config, self.width, self.text_length = config, denoiser.width, text_length
         self.extends = config.mode == "extend"
         check_student(encoder, adapter, config.mode, denoiser)
@@ -115,9 +118,9 @@ class TextDistillRecipe:
                     "for they share one tokenizer"
                 )
         dtype = jnp.dtype(config.dtype)
-        self.encoder = t5.definition(encoder, dtype=dtype)
+        self.encoder = t5.definition(encoder, dtype=dtype, hooks=hooks)
         self.adapter = context_adapter.definition(adapter, dtype=dtype)
-        self.teacher = None if teacher is None else Teacher(teacher, jnp.dtype(config.teacher_dtype))
+        self.teacher = None if teacher is None else Teacher(teacher, jnp.dtype(config.teacher_dtype), hooks)
         own = tuple(
             dataclasses.replace(rule, pattern=f"^({T5}|{LORA})/.*{rule.pattern}", label=ENCODER)
             for rule in DEFAULT_TABLE
@@ -172,6 +175,7 @@ class TextDistillRecipe:
     ) -> Float[Array, "n s width"]:
         """What the denoiser would read of the prompts with the student in place."""
         networks = self.networks(params, frozen)
+        networks = {name: whole_kernels(part, self.dtype, self.hooks) for name, part in networks.items()}
         states = read_states(self.encoder, networks[T5], ids, mask, remat=self.config.remat)
         states = self.adapter(networks[ADAPTER], states)
         return embed(frozen[TEACHER][EMBEDDER], states) if self.extends else states

@@ -17,8 +17,9 @@ from nd_jax.errors import UserError
 from nd_jax.models import context_adapter, t5
 from nd_jax.models.context_adapter import ContextAdapterConfig
 from nd_jax.models.functional import Definition, Params
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.mmdit import MMDiTConfig
-from nd_jax.models.system import ADAPTER, DENOISER, T5, SystemConfig
+from nd_jax.models.system import ADAPTER, DENOISER, T5, SystemConfig, whole_kernels
 from nd_jax.models.t5 import T5Config
 
 EMBEDDER = "context_embedder"
@@ -42,13 +43,13 @@ class Teacher:
     Its parameters are a dict with the keys ``parts``.
     """
 
-    def __init__(self, system: SystemConfig, dtype: Any = jnp.float32):
+    def __init__(self, system: SystemConfig, dtype: Any = jnp.float32, hooks: ShardingHooks = NO_HOOKS):
         if system.text_encoder_3 is None:
             raise UserError(
                 "text distillation: the teacher has no text_encoder_3; expected a system that reads prompts"
             )
-        self.dtype = jnp.dtype(dtype)
-        self.definitions = {T5: t5.definition(system.text_encoder_3, dtype=dtype)}
+        self.dtype, self.hooks = jnp.dtype(dtype), hooks
+        self.definitions = {T5: t5.definition(system.text_encoder_3, dtype=dtype, hooks=hooks)}
         if system.context_adapter is not None:
             self.definitions[ADAPTER] = context_adapter.definition(system.context_adapter, dtype=dtype)
         self.embeds = system.diffusion_transformer.context_embedder
@@ -67,6 +68,8 @@ class Teacher:
         return kept
 
     def __call__(self, params: Params, ids: Int[Array, "n s"], mask: Int[Array, "n s"]) -> Float[Array, "n s width"]:
+        read = {name: whole_kernels(params[name], self.dtype, self.hooks) for name in self.definitions}
+        params = {**params, **read}
         states = read_states(self.definitions[T5], params[T5], ids, mask)
         if ADAPTER in self.definitions:
             states = self.definitions[ADAPTER](params[ADAPTER], states)

@@ -95,10 +95,11 @@ class CheckpointStore:
             self.wait()
         return max(steps_in(self._folder), default=None)
 
-    def save(self, step: int, state: Tree, iterator: Any, seconds: float = 0.0) -> None:
+    def save(self, step: int, state: Tree, iterator: Any, seconds: float = 0.0, productive: float = 0.0) -> None:
         """Starts writing; returns once the arrays are copied off the device, so the state may be donated after.
 
-        Does nothing if this step is saved already. ``seconds`` is the wall-clock time the run has taken so far.
+        Does nothing if this step is saved already. ``seconds`` is the wall-clock time the run has taken so far, of
+        which ``productive`` went into steps.
         """
         self.wait()
         if step == self.latest():
@@ -110,7 +111,9 @@ class CheckpointStore:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=grain.checkpoint.CheckpointSave(portable(iterator)),
-                    config=ocp.args.JsonSave({**self._record, "step": step, "seconds": seconds}),
+                    config=ocp.args.JsonSave(
+                        {**self._record, "step": step, "seconds": seconds, "productive": productive}
+                    ),
                 ),
                 force=True,
             )

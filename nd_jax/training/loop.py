@@ -22,6 +22,7 @@ from nd_jax.training.metrics import LaggedMetrics, MetricsWriter, TrainingDiverg
 from nd_jax.training.program import Program
 from nd_jax.training.progress import TrainingProgress
 from nd_jax.training.recipe import Batch, Recipe, State
+from nd_jax.training.watch import NO_WORK, Clock, Tracer, Work, productive_seconds, use_cache
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class LoopConfig:
     seed: int = 0
     """Of the initial state and of every random number in the steps."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    trace: tuple[int, int] | None = None
+    """First and last step to record for XProf, in the run's folder ``trace``."""
+    compile_cache: str | None = None
+    """Folder for compiled programs, so that a restart or another host need not compile; None: JAX's own setting."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def train(
     mesh: Mesh | None = None,
     given: tuple = (),
     callbacks: Sequence[Every] = (),
+    work: Work = NO_WORK,
     quiet: bool = False,
     console: Console | None = None,
 ) -> Outcome:
@@ -97,7 +103,7 @@ def train(
     ``batches`` yields this process's examples as numpy trees, forever, and has ``get_state`` and ``set_state`` (a Grain
     iterator, say). ``settings`` (JSON) is stored with checkpoints; ``preset`` and ``pinned`` (e.g. worker count and
     batch size, on which the order of examples depends) must be the same in every part of a run.
-    ``given`` goes to the recipe's ``init``.
+    ``given`` goes to the recipe's ``init``. ``work`` is what a step amounts to, for rates and utilisation.
 
     The folder receives ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and ``run.lock``. A resumed run is
     bit-equal to one that was never interrupted, on the same mesh.
@@ -108,6 +114,7 @@ def train(
     """
     began = time.monotonic()
     folder = Path(folder)
+    use_cache(config.compile_cache)
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     program = Program(recipe, mesh, jax.random.key(config.seed), given)
     leader = jax.process_index() == 0
@@ -120,12 +127,12 @@ def train(
         CompileCounter() as compiles,
     ):
         # ---- resume or begin
-        start, earlier = store.latest(), 0.0
+        start, earlier, productive = store.latest(), 0.0, 0.0
         if start is None:
             start, state = 0, program.initial_state()
         else:
             state, record = store.restore(program.state, batches)
-            earlier = record["seconds"]
+            earlier, productive = record["seconds"], productive_seconds(record)
 
         def seconds() -> float:
             return earlier + time.monotonic() - began
@@ -143,6 +150,7 @@ def train(
 
         # ---- compile
         progress = TrainingProgress(preset, start, config.steps, enabled=leader and not quiet, console=console)
+        tracer = Tracer(config.trace, folder)
         writer = MetricsWriter(folder, start) if leader else None
         try:
             progress.say(f"compiling for {_told(mesh)}" + (f", resuming at step {start}" if start else ""))
@@ -155,7 +163,7 @@ def train(
             # way at once can deadlock on fake CPU devices, so there it waits.
             lag = 0 if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else 2
             metrics = LaggedMetrics(names, lag)
-            clock = _Clock()
+            clock = Clock(work, folder, productive)
 
             def settle(everything: bool = False) -> None:
                 store.check()
@@ -172,7 +180,7 @@ def train(
                 settle(everything=True)
                 if writer is not None:
                     writer.flush()
-                store.save(step, state, batches, seconds())
+                store.save(step, state, batches, seconds(), clock.productive)
 
             # ---- run
             step, stray = start, 0
@@ -181,8 +189,10 @@ def train(
                 asked = time.monotonic()
                 batch = _next(batches, step, interruption)
                 clock.waited += time.monotonic() - asked
+                tracer.before(step + 1)
                 state, packed = run_step(state, program.put(batch))
                 step += 1
+                tracer.after(step, packed)
                 metrics.push(step, packed)
                 settle()
                 stray += compiles.count - known
@@ -205,25 +215,10 @@ def train(
             store.wait()
             return Outcome(state, step, reason, seconds(), 1, stray)
         finally:
+            tracer.close()
             progress.close()
             if writer is not None:
                 writer.close()
-
-
-class _Clock:
-    """Speed between two log lines, and the share of that time the loop waited for data (``waited``, seconds)."""
-
-    def __init__(self) -> None:
-        self._since, self._step, self.waited = 0.0, None, 0.0
-
-    def lap(self, step: int) -> dict[str, float]:
-        """Numbers since the last call; none the first time, when the clock only starts."""
-        now, told = time.monotonic(), {}
-        if self._step is not None:
-            elapsed = max(now - self._since, 1e-9)
-            told = {"steps_per_second": (step - self._step) / elapsed, "data_wait": self.waited / elapsed}
-        self._since, self._step, self.waited = now, step, 0.0
-        return told
 
 
 def _next(batches: Iterator[Batch], step: int, interruption: Interruption) -> Batch:

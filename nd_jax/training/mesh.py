@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from nd_jax.errors import UserError
@@ -26,16 +27,20 @@ class MeshConfig:
     """Copies of the parameters; each copy sees other examples."""
     fsdp: int = -1
     """Ways that parameters, optimizer and EMA are split; also splits the examples."""
+    tensor: int = 1
+    """Ways that heads and hidden channels are split within a layer."""
+    context: int = 1
+    """Ways that the tokens of every example are split; also splits parameters, optimizer and EMA."""
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over ``devices`` (default: all of them, every process's included).
 
-    Axes are always ``Auto``: the compiler places what the constraints leave open (``jax.make_mesh`` would default to
-    explicit axes). Raises ``UserError`` naming the axis when the sizes do not multiply to the number of devices.
+    Axes are always ``Auto``: the compiler places what the constraints leave open. Raises ``UserError`` naming the axis
+    when the sizes do not multiply to the number of devices.
     """
     count = len(jax.devices() if devices is None else devices)
-    sizes = {"data": config.data, "fsdp": config.fsdp}
+    sizes = {axis: getattr(config, axis) for axis in AXES}
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             raise UserError(f"mesh axis {axis}: size {size}, expected at least 1, or -1 for the remaining devices")
@@ -45,15 +50,18 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if open_axes:
         if count % fixed:
-            told = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size != -1)
+            told = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "1"
             raise UserError(
                 f"mesh axis {open_axes[0]}: {count} devices do not divide by {told}; choose a divisor of {count}"
             )
         sizes[open_axes[0]] = count // fixed
     elif fixed != count:
-        told = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        told = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if axis in BATCH_AXES or size > 1)
         raise UserError(f"mesh {told} needs {fixed} devices, found {count}; set one axis to -1 to take what is left")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    sizes = {axis: size for axis, size in sizes.items() if axis in BATCH_AXES or size > 1}
+    # Axes may share one of the torus, as fsdp=64 x context=2 of 4x4x8 chips do.
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def batch_ways(mesh: Mesh) -> int:

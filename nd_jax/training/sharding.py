@@ -18,6 +18,11 @@ STACKED = r"(^|/)(blocks|encoder/block|encoder/layers)/(?!\d)"
 """Paths whose axis 0 is the ``layers`` axis. (A digit there would mean a list of separate modules.)"""
 
 
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one entry of a ``PartitionSpec`` names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 @dataclass(frozen=True)
 class Rule:
     """What happens to parameters whose path matches ``pattern``.
@@ -30,14 +35,15 @@ class Rule:
     dims: tuple[str | tuple[str, ...] | None, ...] = ()
     """Mesh axes of the trailing dimensions, the last one last; the ``layers`` axis is not counted and never split."""
     whole: bool = False
-    """Keep away from fsdp. Otherwise the largest dimension that is still free and divides goes to fsdp."""
+    """Keep away from ``PARAM_AXES``. Otherwise the largest dimension still free that divides goes to them (or to fsdp
+    alone, if only that divides)."""
     label: str = "main"
     """Optimizer group, for learning rates; ``frozen`` parameters are not trained."""
     decay: bool = True
     """Whether weight decay applies."""
 
     def __post_init__(self):
-        named = [axis for entry in self.dims for axis in _axes(entry)]
+        named = [axis for entry in self.dims for axis in axes_of(entry)]
         for axis in named:
             if axis not in AXES:
                 raise UserError(f"sharding rule {self.pattern!r}: unknown mesh axis {axis!r}, expected one of {AXES}")
@@ -45,8 +51,14 @@ class Rule:
                 raise UserError(f"sharding rule {self.pattern!r}: mesh axis {axis!r} stands in more than one dimension")
 
 
+PARAM_AXES = ("fsdp", "context")
+"""Axes over which parameters, optimizer and averages lie in slices: both work on other tokens with the same weights."""
+
 DEFAULT_TABLE = (
     Rule(r"(^|/)(bias|scale)$", whole=True, decay=False),
+    # The two halves of a layer's products, so that one sum over ``tensor`` ends each pair (Megatron-LM, 1909.08053).
+    Rule(r"(^|/)(to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|ff(_context)?/up)/kernel$", (None, "tensor")),
+    Rule(r"(^|/)(to_out|to_add_out|ff(_context)?/down)/kernel$", ("tensor", None)),
     Rule(r"(^|/)embedding$", decay=False),
     Rule(r"(^|/)kernel$"),
 )
@@ -81,7 +93,7 @@ class Rules:
             raise UserError(f"parameter {path} {list(shape)}: rule {rule.pattern!r} names {len(rule.dims)} dimensions")
         entries: list[Any] = [None] * (len(shape) - len(rule.dims))
         for dim, entry in enumerate(rule.dims, start=len(entries)):
-            present = tuple(axis for axis in _axes(entry) if axis in mesh.shape)
+            present = tuple(axis for axis in axes_of(entry) if axis in mesh.shape)
             for axis in present:
                 if shape[dim] % mesh.shape[axis]:
                     raise UserError(
@@ -89,10 +101,14 @@ class Rules:
                         f"{axis}={mesh.shape[axis]} (rule {rule.pattern!r})"
                     )
             entries.append(present[0] if len(present) == 1 else present or None)
-        if not rule.whole and all("fsdp" not in _axes(entry) for entry in rule.dims):
-            dim = largest_free(shape[lead:], entries[lead:], mesh, self.minimum)
-            if dim is not None:
-                entries[lead + dim] = "fsdp"
+        if not rule.whole and all("fsdp" not in axes_of(entry) for entry in rule.dims):
+            named = {axis for entry in entries for axis in axes_of(entry)}
+            slices = tuple(axis for axis in PARAM_AXES if mesh.shape.get(axis, 1) > 1 and axis not in named)
+            for axes in dict.fromkeys((slices, slices[:1])):
+                dim = largest_free(shape[lead:], entries[lead:], mesh, self.minimum, axes)
+                if dim is not None:
+                    entries[lead + dim] = axes[0] if len(axes) == 1 else axes
+                    break
         return P(*entries)
 
     def labels(self, params: Tree) -> Tree:
@@ -159,13 +175,11 @@ def batch_shardings(spec: Tree, mesh: Mesh) -> Tree:
     return map_named(decide, spec)
 
 
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def largest_free(shape: tuple[int, ...], entries: list[Any], mesh: Mesh, minimum: int) -> int | None:
-    """The largest free dimension that fsdp divides (the first of equals: its slices are contiguous), or None."""
-    ways = mesh.shape.get("fsdp", 1)
+def largest_free(
+    shape: tuple[int, ...], entries: list[Any], mesh: Mesh, minimum: int, axes: tuple[str, ...] = ("fsdp",)
+) -> int | None:
+    """The largest free dimension that ``axes`` divide (the first of equals: its slices are contiguous), or None."""
+    ways = math.prod(mesh.shape.get(axis, 1) for axis in axes)
     fits = [dim for dim, length in enumerate(shape) if entries[dim] is None and length % ways == 0]
     if ways == 1 or math.prod(shape) < minimum or not fits:
         return None

@@ -1,0 +1,61 @@
+"""Bytes that a compiled program moves to and from HBM: an estimate.
+
+Every operation outside a fusion reads its operands and writes its result once, where they lie in HBM and not in vector
+memory. A fusion that only slices an operand reads the slice, one that updates a slice in place writes the slice.
+"""
+
+from __future__ import annotations
+
+from nd_jax.planning.hlo import Computation, Module, Operation, visits
+
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
+    *("opt-barrier", "partition-id", "replica-id", "iota", "async-start", "async-update", "async-done", "copy-done"),
+    *("slice-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "domain", "add-dependency"),
+}
+
+
+def program_bytes(module: Module) -> float:
+    """Of one execution on one device."""
+    return sum(
+        visit.times * _moved(module, visit.computation, operation)
+        for visit in visits(module)
+        if not visit.fused
+        for operation in visit.computation.operations.values()
+        if operation.kind not in FREE
+    )
+
+
+def _moved(module: Module, computation: Computation, operation: Operation) -> int:
+    inner = module.computations.get((operation.called("calls") or [""])[0]) if operation.kind == "fusion" else None
+    total = sum(_read(computation, inner, name, place) for place, name in enumerate(operation.operands))
+    if operation.kind in ("dynamic-slice", "slice", "gather", "slice-start"):
+        total = 0 if computation.operand(operation).arrays[0].on_chip else operation.arrays[0].bytes
+    if operation.kind == "dynamic-update-slice":
+        return 2 * computation.operand(operation, 1).arrays[0].bytes
+    results = operation.arrays
+    if operation.kind.endswith("-start"):
+        results = results[:1]
+    written = sum(array.bytes for array in results if not array.on_chip)
+    if inner is not None:
+        root = inner.operations.get(inner.root)
+        if root is not None and root.kind == "dynamic-update-slice" and len(root.operands) > 1:
+            written = min(written, inner.operand(root, 1).arrays[0].bytes)
+    return total + written
+
+
+def _read(computation: Computation, inner: Computation | None, name: str, place: int) -> int:
+    source = computation.operations.get(name)
+    arrays = [] if source is None else [array for array in source.arrays if not array.on_chip]
+    whole = sum(array.bytes for array in arrays)
+    if inner is None or not whole:
+        return whole
+    parameter = next(
+        (o.name for o in inner.operations.values() if o.kind == "parameter" and o.inside.strip() == str(place)), None
+    )
+    users = [o for o in inner.operations.values() if parameter in o.operands]
+    if users and all(o.kind == "dynamic-slice" for o in users):
+        return min(whole, sum(o.arrays[0].bytes for o in users))
+    if users and all(o.kind == "dynamic-update-slice" and o.operands[0] == parameter for o in users):
+        return 0
+    return whole

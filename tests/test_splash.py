@@ -1,0 +1,111 @@
+"""Splash attention against dense attention under the same layouts, in interpret mode: values and gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from test_mesh_axes import EVERYTHING, NETWORK, make_batch
+from test_mesh_axes import recipe as make_recipe
+
+from nd_jax.errors import UserError
+from nd_jax.models.attention import attend, causal_mask
+from nd_jax.models.mmdit import definition
+from nd_jax.models.splash import splash_attention, visited_pairs
+from nd_jax.models.system import DENOISER
+from nd_jax.pyramid.layout import Envelope, layout_arrays
+from nd_jax.training.hooks import sharding_hooks
+from nd_jax.training.mesh import MeshConfig, make_mesh
+
+TEXT = 10
+MASK = np.array([[1] * 4 + [0] * 6, [1] * 10], np.int32)
+
+
+def layouts():
+    """Of stages 0 and 2 at units 2 and 1, 2 rows, one of them with padded text."""
+    pairs = [(Envelope(0, 2, TEXT, 8, 16, 1), 2), (Envelope(2, 1, TEXT, 8, 16, 1), 1)]
+    return [layout_arrays(envelope, unit, MASK) for envelope, unit in pairs]
+
+
+def test_fixed_times_are_the_layouts_times():
+    for layout in layouts():
+        assert layout.fixed == tuple(np.asarray(layout.times[0]).tolist())
+    assert layout_arrays(Envelope(0, 2, TEXT, 8, 16, 1), jnp.int32(2), MASK).fixed is None
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_kernel_and_dense_attention_agree(last):
+    """Of all groups in one sequence; with ``last`` only the last tokens of each group ask, as in the last block."""
+    groups, heads, dim = layouts(), 2, 8
+    lengths = [layout.times.shape[1] for layout in groups]
+    asking = tuple(n // 3 if last else n for n in lengths)
+    rng = np.random.Generator(np.random.Philox(5))
+    q = rng.standard_normal((2, sum(asking), heads, dim), np.float32)
+    k, v = (rng.standard_normal((2, sum(lengths), heads, dim), np.float32) for _ in range(2))
+    weight = rng.standard_normal((2, sum(asking), heads * dim), np.float32)
+
+    def dense(q, k, v):
+        out, asked, start = [], 0, 0
+        for layout, n, length in zip(groups, asking, lengths, strict=True):
+            mask = causal_mask(layout.times, layout.segments)[:, -n:]
+            keys = slice(start, start + length)
+            out.append(attend(q[:, asked : asked + n], k[:, keys], v[:, keys], mask))
+            asked, start = asked + n, start + length
+        return jnp.concatenate(out, axis=1)
+
+    def sparse(q, k, v):
+        segments = jnp.concatenate([layout.segments for layout in groups], axis=1)
+        return splash_attention(q, k, v, tuple(g.fixed for g in groups), asking, segments, interpret=True)
+
+    def both(attention):
+        out, pull = jax.vjp(attention, q, k, v)
+        return (out, *pull(weight))
+
+    for found, expected in zip(jax.jit(lambda: both(sparse))(), jax.jit(lambda: both(dense))(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_tiles_between_groups_and_of_the_future_are_skipped():
+    early, late = (0,) * 600, (0,) * 512 + (1,) * 512
+    assert visited_pairs([late], [1024]) < 1152 * 1152
+    apart = visited_pairs([early, late], [600, 1024])
+    assert apart < visited_pairs([(0,) * 1624], [1624])
+
+
+@pytest.mark.heavy
+def test_a_training_step_is_the_same_with_the_kernel():
+    """Loss and gradients of exact layouts, on one device and on four with tokens split, dense and splash."""
+
+    def gradients(mesh: Mesh, attention: str):
+        made = make_recipe(mesh, batch=24, every_unit=True)
+        hooks = sharding_hooks(mesh, EVERYTHING, attention=attention)
+        made.definitions[DENOISER] = definition(NETWORK, hooks=hooks)
+        params = jax.jit(made.init)(jax.random.key(0)).params
+        # A fresh network's gates are closed and hide attention.
+        params[DENOISER] = jax.tree.map(lambda x: x + 0.05, params[DENOISER])
+        batch = make_batch(made.batch_spec())
+        groups = len(made.columns)
+        examples = {n: x.reshape(-1, groups, *x.shape[1:]) for n, x in batch.items()} | made.draws(jax.random.key(1))
+        return jax.jit(made._grads)(params, examples)
+
+    alone = make_mesh(MeshConfig(), jax.devices()[:1])
+    expected = jax.device_get(gradients(alone, "dense"))
+    for mesh in (alone, make_mesh(MeshConfig(fsdp=2, context=2), jax.devices()[:4])):
+        found = jax.device_get(gradients(mesh, "splash"))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), found, expected)
+
+
+def test_the_kernel_needs_exact_layouts():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(UserError, match=r"expected --recipe\.every-unit with it"):
+        make_recipe(mesh, attention="splash")
+    made = make_recipe(mesh, every_unit=True, batch=24)
+    assert made.columns == (0, 2) * 3
+    assert made.column_units == ((0,),) * 2 + ((1,),) * 2 + ((2,),) * 2
+    drawn = jax.eval_shape(made.draws, jax.random.key(0))
+    assert [envelope.units for envelope in made.envelopes] == [0, 0, 1, 1, 2, 2]
+    assert drawn["unit"].shape == (4, 6)
+    drawn = jax.jit(lambda key: made.draws(key)["unit"])(jax.random.key(0))
+    np.testing.assert_array_equal(drawn, [[0, 0, 1, 1, 2, 2]] * 4)
