@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from nd_jax.checked_files import shown
-from nd_jax.converters import names_clip, names_context_adapter, names_mmdit, names_t5, names_video_vae
+from nd_jax.converters import (
+    names_clip,
+    names_context_adapter,
+    names_image_vae,
+    names_mmdit,
+    names_quicksrnet,
+    names_t5,
+    names_unet,
+    names_video_vae,
+)
 from nd_jax.converters.tables import Table, native_table
 from nd_jax.errors import UserError
-from nd_jax.models import causal_vae, clip, context_adapter, mmdit, t5
+from nd_jax.models import causal_vae, clip, context_adapter, image_vae, mmdit, quicksrnet, t5, unet
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # file names without ending
 _MOST_LAYERS = 1000  # a config is somebody else's: no loop over its numbers before they are bounded
@@ -109,6 +118,33 @@ KINDS: dict[str, Kind] = {
             _ignoring_names(causal_vae.config_from_dict),
             causal_vae.definition,
             names_video_vae,
+        ),
+        Kind(
+            "unet",
+            ("UNet2DConditionModel",),
+            DIFFUSERS,
+            (unet.UNetConfig,),
+            _ignoring_names(unet.UNetConfig.from_dict),
+            unet.definition,
+            names_unet,
+        ),
+        Kind(
+            "image_vae",
+            ("AutoencoderKL",),
+            DIFFUSERS,
+            (image_vae.ImageVAEConfig,),
+            _ignoring_names(image_vae.ImageVAEConfig.from_dict),
+            image_vae.definition,
+            names_image_vae,
+        ),
+        Kind(
+            "quicksrnet",
+            ("QuickSRNet",),
+            DIFFUSERS,
+            (quicksrnet.QuickSRNetConfig,),
+            _ignoring_names(quicksrnet.QuickSRNetConfig.from_dict),
+            quicksrnet.definition,
+            names_quicksrnet,
         ),
     )
 }

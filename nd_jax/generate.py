@@ -231,6 +231,7 @@ def generate_batches(
     batch: int = 16,
     generator: Generator | None = None,
     kept: Int[Array, " k"] | None = None,
+    samples: Sequence[int | str] | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Iterator[UInt8[np.ndarray, "b t h w 3"]]:
     """Videos for ``prompts``, ``batch`` at a time. Prompt n with a seed always gives the same video.
@@ -241,6 +242,7 @@ def generate_batches(
         first_frames: given first frames, one per prompt: hybrid generation.
         generator: size, length and compiled programs; default: one for what the folder asks for.
         kept: the denoiser's blocks to run, besides the last one; default: all.
+        samples: names of the prompts' noise; default: their places.
         warn: receives one line for every prompt that was too long.
 
     Raises:
@@ -260,7 +262,8 @@ def generate_batches(
         conditions, warnings = system.conditions([prompts[row] for row in rows] + [""] * padding)
         for line in warnings:
             warn(line)
-        noise = generator.noise(seed, [*rows, *(f"padding-{i}" for i in range(padding))])
+        named = rows if samples is None else samples[rows.start : rows.stop]
+        noise = generator.noise(seed, [*named, *(f"padding-{i}" for i in range(padding))])
         first = None
         if first_frames is not None:
             given = np.pad(first_frames[rows.start : rows.stop], ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge")

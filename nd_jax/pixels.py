@@ -22,6 +22,18 @@ def to_uint8(video: Shaped[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
     return np.clip(scaled, 0, 255).astype(np.uint8)
 
 
+def round_to_uint8(image: Shaped[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """[-1, 1] -> 0 .. 255, clipped and rounded: how the image networks' pipeline makes pictures.
+
+    Raises UserError for NaN and infinity.
+    """
+    image = np.asarray(image, np.float32)
+    if not np.isfinite(image).all():
+        raise UserError("image: pixels are not finite (NaN or infinity), expected numbers in [-1, 1]")
+    half = np.float32(0.5)
+    return np.rint(np.clip(image * half + half, 0, 1) * np.float32(255)).astype(np.uint8)
+
+
 def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """0 .. 255 -> [-1, 1], float32."""
     return np.asarray(pixels, np.float32) / np.float32(127.5) - np.float32(1)

@@ -35,6 +35,9 @@ CASES = {
     "context_adapter": "context_adapter",
     "context_adapter_variant": "context_adapter",
     "native_vae": "video_vae",
+    "sdxl_unet": "unet",
+    "sdxl_unet_variant_symmetric": "unet",
+    "image_vae": "image_vae",
     "generation/checkpoint/causal_video_vae": "video_vae",
 }
 FULL_SIZE = {
@@ -48,6 +51,11 @@ FULL_SIZE = {
     "text_encoder_3_distil_t5": ("t5", 129_551_488),
     "text_encoder_3_distil_t5_if_relu": ("t5", 129_551_488),
     "text_encoder_clip_l": ("clip", 123_650_304),
+    "ssd_1b_unet": ("unet", 1_331_334_404),
+    "ssd_1b_vae": ("image_vae", 83_653_863),
+    "quicksrnet_small_2x": ("quicksrnet", 22_860),
+    "quicksrnet_medium_2x": ("quicksrnet", 50_604),
+    "quicksrnet_large_2x": ("quicksrnet", 414_972),
 }
 TWIN = "encoder.encoder.embed_tokens.weight"
 

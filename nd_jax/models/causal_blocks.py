@@ -13,17 +13,17 @@ EPS = 1e-6
 
 
 class FrameGroupNorm(nnx.Module):
-    """Group normalisation with statistics of each frame by itself, in float32."""
+    """Group normalisation with statistics of each frame by itself, in float32 (in float64 if ``x`` is)."""
 
-    def __init__(self, groups: int, channels: int):
-        self.groups = groups
+    def __init__(self, groups: int, channels: int, eps: float = EPS):
+        self.groups, self.eps = groups, eps
         self.scale = nnx.Param(jnp.ones((channels,)))
         self.bias = nnx.Param(jnp.zeros((channels,)))
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        centred = x.astype(jnp.float32)
+        centred = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centred = centred - self._group_mean(centred)
-        deviation = jax.lax.rsqrt(self._group_mean(jnp.square(centred)) + EPS)
+        deviation = jax.lax.rsqrt(self._group_mean(jnp.square(centred)) + self.eps)
         return (centred * (deviation * self.scale[...]) + self.bias[...]).astype(x.dtype)
 
     def _group_mean(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t 1 1 c"]:

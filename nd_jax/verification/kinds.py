@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nd_jax.verification import clip, codecs, context_adapter, generation, mmdit, pyramid_ops, scheduler, t5, training
+from nd_jax.verification import (
+    clip,
+    codecs,
+    context_adapter,
+    generation,
+    image_vae,
+    lcm,
+    mmdit,
+    pyramid_ops,
+    quicksrnet,
+    scheduler,
+    t5,
+    training,
+    unet,
+)
 from nd_jax.verification.cases import Case, Outputs, Subcase
 
 Recompute = Callable[[Case], Callable[[Subcase], Outputs]]
 
 CLASSES = {
     "AsymmetricCausalVideoVAE": "asymmetric_vae",
+    "AutoencoderKL": "image_vae",
     "CausalVideoVAE": "native_vae",
     "ContextAdapter": "context_adapter",
+    "LCMScheduler": "lcm_scheduler",
     "PyramidDiffusionMMDiT": "mmdit",
     "PyramidMMDiT": "mmdit",
+    "QuickSRNet": "quicksrnet",
+    "UNet2DConditionModel": "unet",
 }
 MODEL_TYPES = {"clip_text_model": "clip_text", "t5": "t5"}
 PREFIXES = {
@@ -22,10 +40,14 @@ PREFIXES = {
     "context_adapter": "context_adapter",
     "dt5": "t5",
     "generation": "generation",
+    "image_vae": "image_vae",
+    "lcm_scheduler": "lcm_scheduler",
     "mmdit": "mmdit",
     "native_vae": "native_vae",
     "pyramid_ops": "pyramid_ops",
+    "quicksrnet_": "quicksrnet",
     "scheduler": "scheduler",
+    "sdxl_unet": "unet",
     "training": "training",
     "vae_": "asymmetric_vae",
 }
@@ -36,12 +58,16 @@ RECOMPUTE: dict[str, Recompute] = {
     "clip_text": clip.recompute,
     "context_adapter": context_adapter.recompute,
     "generation": generation.recompute,
+    "image_vae": image_vae.recompute,
+    "lcm_scheduler": lcm.recompute,
     "mmdit": mmdit.recompute,
     "native_vae": codecs.recompute,
     "pyramid_ops": pyramid_ops.recompute,
+    "quicksrnet": quicksrnet.recompute,
     "scheduler": scheduler.recompute,
     "t5": t5.recompute,
     "training": training.recompute,
+    "unet": unet.recompute,
 }
 
 
@@ -56,6 +82,8 @@ def kind_of(case: Case) -> str | None:
         return "generation"
     if "dit" in config and "corrupt_ratio" in config:
         return "training"
+    if "num_intermediate_layers" in config:
+        return "quicksrnet"
     if "vae_factors" in config:
         return "pyramid_ops"
     if config and all(isinstance(entry, dict) and "gamma" in entry for entry in config.values()):
