@@ -26,8 +26,8 @@ except ImportError:
 OPSET, IR_VERSION = 23, 10
 INLINE = 256
 """Bytes up to which a constant is stored in the graph itself."""
-ALIGNMENT = 4096
-"""Of every weight in the external-data file, so that it can be mapped."""
+PAGE, ALIGNMENT = 4096, 64
+"""Of weights in the external-data file: large ones begin with a page, so that they can be mapped."""
 TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
 
 
@@ -246,7 +246,15 @@ class DataFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No more weights."""
         self._file.close()
+
+    def flush(self) -> None:
+        """What has been stored so far can be read."""
+        self._file.flush()
 
     def store(self, name: str, weight: Weight, dtype: Any = np.float32) -> TensorProto:
         """The tensor that refers to the stored weight."""
@@ -260,7 +268,7 @@ class DataFile:
             raise UserError(f"{self.path.name}: weight {name} has shape {array.shape}; expected {weight.shape}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError(f"{self.path.name}: weight {name} is not finite")
-        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+        self._file.write(b"\0" * (-self._file.tell() % (PAGE if array.nbytes >= 16 * PAGE else ALIGNMENT)))
         place = {"location": self.path.name, "offset": self._file.tell(), "length": array.nbytes}
         self._file.write(array.tobytes())
         tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
