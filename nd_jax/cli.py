@@ -35,6 +35,11 @@ VERBS = {
     "evaluate": "nd_jax.commands.evaluate:evaluate",
     "convert import": "nd_jax.commands.convert:convert_import",
     "convert export": "nd_jax.commands.convert:convert_export",
+    "npu build": "nd_jax.commands.npu:npu_build",
+    "npu calibrate": "nd_jax.commands.npu:npu_calibrate",
+    "npu run": "nd_jax.commands.npu:npu_run",
+    "npu inspect": "nd_jax.commands.npu:npu_inspect",
+    "npu judge": "nd_jax.commands.npu:npu_judge",
     "verify": "nd_jax.commands.verify:verify",
 }
 
@@ -53,6 +58,11 @@ SUMMARIES = {
     "evaluate": "generate, judge and write a report",
     "convert import": "official PyTorch folder to nd-jax's own form",
     "convert export": "nd-jax's own form to an official PyTorch folder",
+    "npu build": "a checkpoint as a bundle of ONNX graphs for phones",
+    "npu calibrate": "record what the pipeline feeds a bundle's graphs",
+    "npu run": "a video from a bundle, without JAX",
+    "npu inspect": "operators, bytes, SNR and estimates of a bundle",
+    "npu judge": "a shapes bundle's videos beside JAX's",
     "verify": "recompute golden cases and compare",
 }
 

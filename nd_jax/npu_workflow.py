@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from nd_jax.checked_files import read_json
 from nd_jax.converters.bundle.build import PROBE, Source, write_float_bundle
+from nd_jax.converters.bundle.calibration import SPLITS, open_calibration, record, write_calibration
+from nd_jax.converters.bundle.deploy import deploy
+from nd_jax.converters.bundle.quantise import WEIGHT_TYPES
 from nd_jax.converters.bundle.writer import BundleWriter
+from nd_jax.converters.runtime.manifest import Bundle
+from nd_jax.converters.runtime.pipeline import Pipeline
 from nd_jax.errors import UserError
 from nd_jax.generate import check_size
 from nd_jax.models.system import CLIP_1, CLIP_2, T5
@@ -88,6 +94,63 @@ def build_bundle(
     return Path(out)
 
 
-def translated(error: Any) -> UserError:
-    """A runtime's error as ours."""
-    return UserError(str(error))
+def record_bundle(
+    bundle: Bundle,
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    samples: int,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Record a bundle's float32 graphs at work into an existing folder: three prompts in four for the calibration
+    split, the rest for the test split, each with noise of its own."""
+    pipeline, first = Pipeline(bundle, precision="fp32"), len(prompts) * 3 // 4
+    parts = {"calibration": prompts[:first], "test": prompts[first:]}
+    counts, recorders, done = {"calibration": samples, "test": max(4, samples // 3)}, {}, 0
+    for split, lines in parts.items():
+        recorders[split] = record(
+            pipeline,
+            lines,
+            counts[split],
+            seed=seed + SPLITS.index(split),
+            progress=lambda count, _, done=done: progress(done + count, len(prompts)),
+        )
+        done += len(lines)
+    write_calibration(folder, recorders, parts, {"seed": seed, "samples": samples})
+
+
+def quantised(
+    calibration: Path | None,
+    prompts: Sequence[str],
+    *,
+    samples: int,
+    seed: int,
+    overrides: Mapping[str, Mapping[str, str]],
+    say: Callable[[str], None] = lambda line: None,
+) -> Callable[[BundleWriter], None]:
+    """What ``build_bundle`` does with the float32 bundle: record (unless recordings are given), quantise, measure."""
+
+    def then(writer: BundleWriter) -> None:
+        graphs = writer.content["graphs"]
+        if calibration is not None:
+            deploy(writer, open_calibration(calibration, graphs), overrides, say)
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            record_bundle(Bundle(writer.folder), Path(temporary), prompts, samples=samples, seed=seed)
+            deploy(writer, open_calibration(Path(temporary), graphs), overrides, say)
+
+    return then
+
+
+def read_overrides(path: Path | None) -> Mapping[str, Mapping[str, str]]:
+    """Exceptions from 8 bits by graph and pattern of weight names. Raises UserError for other content."""
+    if path is None:
+        return {}
+    content = read_json(path, what="overrides")
+    for graph, patterns in content.items():
+        if not isinstance(patterns, dict) or not set(patterns.values()) <= set(WEIGHT_TYPES):
+            raise UserError(
+                f"{path}: {graph!r}: expected an object from patterns of weight names to {' or '.join(WEIGHT_TYPES)}"
+            )
+    return content

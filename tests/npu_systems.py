@@ -44,3 +44,16 @@ def random_system(config: SystemConfig = STUDENT, seed: int = 0):
     """Random parameters of every network by name."""
     networks = config.definitions().items()
     return {name: tiny_system.random_params(each, seed + i) for i, (name, each) in enumerate(networks)}
+
+
+def student_system(tokenizers, plan=None):
+    """The student as a system in memory, 64 x 64 pixels and 17 frames, with the tiny tokenizers."""
+    from nd_jax.data.tokenizers import TextTokenizer
+    from nd_jax.system import TOKENIZERS, VideoSystem
+
+    loaded = {
+        name: TextTokenizer.from_folder(tokenizers / folder, max_length=tiny_system.TEXT_LENGTH)
+        for name, folder in TOKENIZERS.items()
+    }
+    video = dataclasses.replace(tiny_system.VIDEO, frames=17)
+    return VideoSystem(STUDENT, random_system(), loaded, video, plan or tiny_system.PLAN, folder=tokenizers)

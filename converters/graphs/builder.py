@@ -19,6 +19,7 @@ from nd_jax.errors import UserError
 
 try:
     import onnx
+    import onnxruntime  # noqa: F401 (whoever builds graphs also checks them)
     from onnx import TensorProto, helper, numpy_helper
 except ImportError:
     raise UserError("ONNX graphs need the packages onnx and onnxruntime: pip install 'nd-jax[npu]'") from None

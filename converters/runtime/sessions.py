@@ -44,8 +44,10 @@ class Sessions:
         """Open a graph. Raises BundleError if its inputs and outputs are not the manifest's."""
         if name in self._open:
             return
-        import onnxruntime
-
+        try:
+            import onnxruntime
+        except ImportError:
+            raise BundleError("graphs need the package onnxruntime: pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = self.threads, 3
         path = self.bundle.model(name, self.variant(name))
