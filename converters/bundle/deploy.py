@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
+from onnx import numpy_helper
 
 from nd_jax.converters.bundle.calibration import Calibration
+from nd_jax.converters.bundle.encodings import dequantise, quantise, weight_encoding
 from nd_jax.converters.bundle.halves import half_session
 from nd_jax.converters.bundle.measure import GOALS, split_snr
 from nd_jax.converters.bundle.quantise import CHANNEL_AXIS, Overrides, quantise_graph
 from nd_jax.converters.bundle.ranges import value_ranges
 from nd_jax.converters.bundle.writer import GRAPHS, BundleWriter
 from nd_jax.converters.graphs.builder import DataFile
-from nd_jax.converters.graphs.session import open_session
+from nd_jax.converters.graphs.session import open_session, snr
 
 W8A16 = "w8a16"
 OVERRIDES: Mapping[str, Overrides] = {}
@@ -62,8 +63,8 @@ def quantised_form(
 ) -> tuple[float, str]:
     """Write one graph's W8A16 form; its SNR on ``runs`` and a line about it.
 
-    Where a graph with weights of its own misses its goal and nobody has said which layers take 16 bits, the smallest
-    layers do, in steps, until it is met; the manifest names them, and keeps the figure without them.
+    Where a graph with weights of its own misses its goal and nobody has said which layers take 16 bits, those that 8
+    bits hurt most do, in steps, until it is met; the manifest names them, and keeps the figure without them.
     """
     entry = writer.content["graphs"][name]
     source = writer.folder / entry["files"]["fp32"]["model"]
@@ -97,17 +98,24 @@ def quantised_form(
 
 
 def wider(source: Path) -> list[Overrides]:
-    """Overrides to try one after another: the smallest weights, up to a tenth, a quarter, half and all of the whole."""
-    graph = onnx.load(source, load_external_data=False).graph
-    sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
-    operators = {node.input[1]: node.op_type for node in graph.node if node.op_type in CHANNEL_AXIS}
-    weights = sorted((sizes[name], name) for name in operators if name in sizes)
-    total, found = sum(size for size, _ in weights), []
+    """Overrides to try one after another: the weights that 8 bits hurt most, up to a tenth, a quarter, half and all of
+    the graph's. Hurt is a weight's own SNR: low where a few large entries set the scale of many small ones."""
+    graph = onnx.load(source).graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    axes = {node.input[1]: CHANNEL_AXIS[node.op_type] for node in graph.node if node.op_type in CHANNEL_AXIS}
+
+    def hurt(name: str) -> float:
+        encoding = weight_encoding(arrays[name], axes[name])
+        return snr(arrays[name], dequantise(quantise(arrays[name], encoding), encoding))
+
+    weights = sorted((name for name in axes if name in arrays), key=hurt)
+    total, found = sum(arrays[name].size for name in weights), []
     for share in (0.1, 0.25, 0.5, 1.0):
         reached, chosen = 0, {}
-        for size, name in weights:
-            reached += size
-            if reached <= share * total or share == 1.0:
+        for name in weights:
+            reached += arrays[name].size
+            if reached <= share * total:
                 chosen[name] = "int16"
-        found.append(chosen)
+        if chosen and chosen not in found:
+            found.append(chosen)
     return found
