@@ -87,7 +87,7 @@ def write_float_bundle(
         "video": dict(source.video),
         "text": text_section(config, lengths, probes),
         "latent": latent_section(config, source.stats, source.latent_frames),
-        "denoiser": denoiser_section(config, source.schedule, source.envelopes),
+        "denoiser": denoiser_section(config, source.schedule, source.envelopes, writer.content["graphs"]),
         "sampling": sampling_section(source.plan),
         "codec": codec_section(config),
         "schedule": loading_section(list(writer.content["graphs"]), texts),

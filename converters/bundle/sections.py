@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nd_jax.converters.graphs.attention import query_groups
+from nd_jax.converters.graphs.attention import WHOLE_MASK, query_groups
 from nd_jax.converters.graphs.host import MASKED
 from nd_jax.converters.graphs.parts import CONDITIONING, DECODER, ENCODER, FIRST_DECODER, TEXT, stage_name
 from nd_jax.converters.graphs.text_attention import HIDDEN
@@ -23,7 +23,7 @@ from nd_jax.pyramid.schedule import Schedule
 TOKENIZERS = {T5: ("tokenizer_3", "t5"), CLIP_1: ("tokenizer", "clip"), CLIP_2: ("tokenizer_2", "clip")}
 
 
-def stage_section(schedule: Schedule, envelope: Envelope, *, causal: bool) -> dict[str, Any]:
+def stage_section(schedule: Schedule, envelope: Envelope, *, causal: bool, split: bool) -> dict[str, Any]:
     """Everything the host needs to know of one stage. ``slots`` are (level, oldest and newest unit counted back)."""
     stage = envelope.stage
     table = schedule.timesteps_per_stage[stage]
@@ -33,7 +33,7 @@ def stage_section(schedule: Schedule, envelope: Envelope, *, causal: bool) -> di
         "positions": f"positions/{stage}",
         "clips": [list(clip) for clip in envelope.clips],
         "slots": [list(slot) for slot in envelope.slots],
-        "groups": [group._asdict() for group in query_groups(envelope, causal=causal)],
+        "groups": [group._asdict() for group in query_groups(envelope, causal=causal, split=split)],
         "timesteps": {
             "first": float(table[0]),
             "last": float(table[-1]),
@@ -47,7 +47,10 @@ def stage_section(schedule: Schedule, envelope: Envelope, *, causal: bool) -> di
     }
 
 
-def denoiser_section(config: SystemConfig, schedule: Schedule, envelopes: Sequence[Envelope]) -> dict[str, Any]:
+def denoiser_section(
+    config: SystemConfig, schedule: Schedule, envelopes: Sequence[Envelope], graphs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``graphs``: the manifest's entries by name."""
     network = config.diffusion_transformer
     causal = network.use_temporal_causal
     return {
@@ -59,7 +62,15 @@ def denoiser_section(config: SystemConfig, schedule: Schedule, envelopes: Sequen
         "masked": MASKED,
         "causal": causal,
         "gamma": schedule.gamma,
-        "stages": [stage_section(schedule, envelope, causal=causal) for envelope in envelopes],
+        "stages": [
+            stage_section(
+                schedule,
+                envelope,
+                causal=causal,
+                split=WHOLE_MASK not in graphs[stage_name(envelope.stage)]["inputs"],
+            )
+            for envelope in envelopes
+        ],
     }
 
 

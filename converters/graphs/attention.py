@@ -19,6 +19,8 @@ from nd_jax.converters.graphs.builder import Graph, Value
 from nd_jax.converters.graphs.layers import layer_norm, linear, parameter, rms_norm
 from nd_jax.pyramid.layout import Envelope
 
+WHOLE_MASK = "bias"
+"""Name of the bias input where queries are not split: [tokens or 1, tokens]."""
 EPS = 1e-5
 """Of the norms of queries and keys."""
 
@@ -37,9 +39,9 @@ def query_groups(envelope: Envelope, *, causal: bool = True, split: bool = True)
     """How attention is cut. Without ``split`` all queries read all keys through a whole mask."""
     length = envelope.length
     if not causal:
-        return (Queries(0, length, length, "bias", 1),)
+        return (Queries(0, length, length, WHOLE_MASK, 1),)
     if not split:
-        return (Queries(0, length, length, "bias", length),)
+        return (Queries(0, length, length, WHOLE_MASK, length),)
     start = envelope.text_length
     groups = [Queries(0, start, length, "bias/text", 1)]
     for index, (frames, height, width) in enumerate(envelope.clips):

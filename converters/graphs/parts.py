@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nd_jax.converters.bundle.analysis import of_graph
 from nd_jax.converters.graphs import references
 from nd_jax.converters.graphs.adapter import adapter_graph, embedder_graph
+from nd_jax.converters.graphs.attention import WHOLE_MASK
 from nd_jax.converters.graphs.builder import Graph
 from nd_jax.converters.graphs.clip import clip_graph
 from nd_jax.converters.graphs.conditioning import conditioning_graph
@@ -19,6 +21,7 @@ from nd_jax.converters.graphs.t5 import t5_graph
 from nd_jax.converters.graphs.taehv import decoder_graph
 from nd_jax.converters.graphs.vae_encoder import encoder_graph
 from nd_jax.models.causal_vae import NativeVAEConfig
+from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.system import ADAPTER, CLIP_1, CLIP_2, CODEC, DENOISER, T5, SystemConfig
 from nd_jax.pyramid.layout import Envelope
 
@@ -76,9 +79,16 @@ def denoiser_parts(config: SystemConfig, params: Mapping[str, Any], envelopes: S
     graph = conditioning_graph(network, tree, CONDITIONING)
     yield Part(CONDITIONING, graph, "w8a16", CONDITIONING, references.conditioning(network, tree))
     for envelope in envelopes:
-        name = stage_name(envelope.stage)
-        graph = stage_graph(network, tree, envelope, name)
-        yield Part(name, graph, "w8a16", "denoiser", references.stage(network, tree, envelope))
+        graph = lighter_stage_graph(network, tree, envelope, stage_name(envelope.stage))
+        sample = references.stage(network, tree, envelope, split=WHOLE_MASK not in graph.inputs)
+        yield Part(graph.name, graph, "w8a16", "denoiser", sample)
+
+
+def lighter_stage_graph(config: MMDiTConfig, params: Mapping[str, Any], envelope: Envelope, name: str) -> Graph:
+    """The stage's graph with attention split by query clip, or under one mask, whichever moves fewer bytes: cutting
+    keys for many short clips costs more than it saves."""
+    graphs = [stage_graph(config, params, envelope, name, split=split) for split in (True, False)]
+    return min(graphs, key=lambda graph: of_graph(graph).value_bytes)
 
 
 def codec_parts(config: SystemConfig, params: Mapping[str, Any], height: int, width: int) -> Iterator[Part]:

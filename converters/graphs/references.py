@@ -112,7 +112,7 @@ def conditioning(config: MMDiTConfig, params: Mapping[str, Any]) -> Sample:
     return sample
 
 
-def stage(config: MMDiTConfig, params: Mapping[str, Any], envelope: Envelope) -> Sample:
+def stage(config: MMDiTConfig, params: Mapping[str, Any], envelope: Envelope, *, split: bool = True) -> Sample:
     def sample(rng: np.random.Generator) -> tuple[Arrays, Arrays]:
         tree, unit = wide(params), int(rng.integers(0, envelope.units + 1))
         mask, timestep = some(rng, envelope.text_length), rng.uniform(0, 1000, 1).astype(np.float32)
@@ -135,7 +135,7 @@ def stage(config: MMDiTConfig, params: Mapping[str, Any], envelope: Envelope) ->
             "text": embedded[0],
             "cosines": cosines,
             "sines": sines,
-            **host.biases(envelope, times, segments == REAL, causal=causal),
+            **host.biases(envelope, times, segments == REAL, causal=causal, split=split),
             **vectors(config, tree, timestep, pooled),
         }
         return inputs, {"velocity": host.to_patches([np.asarray(velocity)[0]], config.patch_size)}
