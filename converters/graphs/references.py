@@ -6,7 +6,7 @@ are computed with in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from nd_jax.models import clip as clip_network
 from nd_jax.models import t5 as t5_network
 from nd_jax.models.embeddings import sinusoid
 from nd_jax.models.mmdit import MMDiTConfig
-from nd_jax.pyramid.layout import REAL, Envelope, layout_arrays
+from nd_jax.pyramid.layout import REAL, Envelope, LayoutArrays, layout_arrays
 
 Arrays = dict[str, np.ndarray]
 Sample = Callable[[np.random.Generator], tuple[Arrays, Arrays]]
@@ -126,21 +126,41 @@ def stage(config: MMDiTConfig, params: Mapping[str, Any], envelope: Envelope, *,
             embedded, text = (states @ layer["kernel"] + layer["bias"]).astype(np.float32), states
         run = jax.jit(lambda p, *args: mmdit.definition(config)(p, [args[0]], *args[1:4], [args[4]]))
         velocity = run(tree, clips, text, pooled, timestep, layout)[0]
-        times, segments = np.asarray(layout.times[0]), np.asarray(layout.segments[0])
-        cosines, sines = host.rotary(times, config.attention_head_dim)
-        causal = config.use_temporal_causal
-        inputs = {
-            "patches": host.to_patches([clip[0] for clip in clips], config.patch_size),
-            "positions": host.position_table(config, envelope),
-            "text": embedded[0],
-            "cosines": cosines,
-            "sines": sines,
-            **host.biases(envelope, times, segments == REAL, causal=causal, split=split),
-            **vectors(config, tree, timestep, pooled),
-        }
-        return inputs, {"velocity": host.to_patches([np.asarray(velocity)[0]], config.patch_size)}
+        inputs = stage_inputs(config, tree, envelope, layout, clips, embedded, timestep, pooled, split=split)
+        return inputs, {"velocity": patches(config, velocity)}
 
     return sample
+
+
+def stage_inputs(
+    config: MMDiTConfig,
+    params: Mapping[str, Any],
+    envelope: Envelope,
+    layout: LayoutArrays,
+    clips: Sequence[np.ndarray],
+    text: np.ndarray,
+    timestep: np.ndarray,
+    pooled: np.ndarray,
+    *,
+    split: bool = True,
+) -> Arrays:
+    """A stage graph's inputs for what the JAX network is given; text [1, S, D] is at the denoiser's width."""
+    times, segments = np.asarray(layout.times[0]), np.asarray(layout.segments[0])
+    cosines, sines = host.rotary(times, config.attention_head_dim)
+    return {
+        "patches": host.to_patches([clip[0] for clip in clips], config.patch_size),
+        "positions": host.position_table(config, envelope),
+        "text": text[0],
+        "cosines": cosines,
+        "sines": sines,
+        **host.biases(envelope, times, segments == REAL, causal=config.use_temporal_causal, split=split),
+        **vectors(config, params, timestep, pooled),
+    }
+
+
+def patches(config: MMDiTConfig, velocity: Any) -> np.ndarray:
+    """A velocity [1, T, H, W, C] as a stage graph gives it."""
+    return host.to_patches([np.asarray(velocity)[0]], config.patch_size)
 
 
 def encoder(config: Any, params: Mapping[str, Any], height: int, width: int) -> Sample:
