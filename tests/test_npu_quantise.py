@@ -248,7 +248,8 @@ def test_inspection(bundle):
     assert all(name in text for name in bundle.graphs)
     assert "adapter inputs" in text
     steps = resident(bundle, counts)
-    assert steps["denoise"] == max(counts[f"denoiser_stage{k}"].parameters for k in range(3)), "weights count once"
+    assert steps["denoise"] == bundle.files["graphs/denoiser.w8a16.data"]["bytes"], "shared weights count once"
+    assert steps["text"] == 2 * sum(counts[name].parameters for name in bundle["schedule"][0]["load"])
     adapter = counts["adapter"]
     assert adapter.macs == 12 * (16 * 16 + 32 * 16)
     with pytest.raises(UserError, match="target 'sm1' is not known"):

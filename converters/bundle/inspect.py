@@ -25,15 +25,19 @@ def counts_of(bundle: Bundle) -> dict[str, Counts]:
 
 
 def resident(bundle: Bundle, counts: Mapping[str, Counts]) -> dict[str, int]:
-    """Bytes of weights that every step of the schedule holds on a device; graphs over one data file count once."""
+    """Bytes of weights that every step of the schedule holds on a device: quantised graphs' data files, those that
+    several graphs share once; two bytes a weight where a graph runs in fp16 or has not been quantised."""
     found = {}
     for step in bundle["schedule"]:
-        shared: dict[str, int] = {}
+        held: dict[str, int] = {}
         for name in step["load"]:
-            graph = bundle.graph(name)
-            key = " ".join(graph["files"]["fp32"]["data"]) or name
-            shared[key] = max(shared.get(key, 0), counts[name].weight_bytes(graph["precision"]))
-        found[step["step"]] = sum(shared.values())
+            files = bundle.graph(name)["files"]
+            if "w8a16" in files:
+                held |= {file: bundle.files[file]["bytes"] for file in files["w8a16"]["data"]}
+            else:
+                key = " ".join(files["fp32"]["data"]) or name
+                held[key] = max(held.get(key, 0), counts[name].weight_bytes("fp16"))
+        found[step["step"]] = sum(held.values())
     return found
 
 
@@ -47,23 +51,15 @@ def report(bundle: Bundle, targets: tuple[str, ...] = (), names: Sequence[str] =
         f"{key} {value}" for key, value in bundle["video"].items()
     )
     yield ""
-    yield f"{'graph':<18}{'form':>7}{'ops':>7}{'weights':>10}{'GMAC':>9}{'MB moved':>10}{'layout':>22}  SNR"
+    yield f"{'graph':<18}{'form':>7}{'ops':>7}{'weights':>12}{'GMAC':>10}{'MB moved':>11}  SNR in dB; layout copies"
     for name, each in counts.items():
         graph = bundle.graph(name)
-        layout = ", ".join(f"{n} {op[:9]} {size / 1e6:.2f}" for op, (n, size) in each.layout.items()) or "none"
-        snr = ", ".join(f"{key} {value:g}" for key, value in graph["snr"].items())
         yield (
-            f"{name:<18}{graph['precision']:>7}{sum(each.operators.values()):>7}{each.parameters / 1e6:>8.2f} M"
-            f"{each.macs / 1e9:>9.3f}{each.value_bytes / 1e6:>10.2f}{layout:>22}  {snr}"
+            f"{name:<18}{graph['precision']:>7}{sum(each.operators.values()):>7}{each.parameters / 1e6:>10.3f} M"
+            f"{each.macs / 1e9:>10.3f}{each.value_bytes / 1e6:>11.2f}  {_snr(graph['snr'])}; {_layout(each)}"
         )
-    yield "layout: number and MB of operators that only reorder values; of the codec's, those at inputs and outputs"
-    yield (
-        "  ("
-        + ", ".join(
-            f"{name} {each.boundary_bytes / 1e6:.2f} MB" for name, each in counts.items() if each.boundary_bytes
-        )
-        + ") vanish where the compiler works channels-last"
-    )
+    yield "SNR: float32 to JAX, deployed to float32 (without 16-bit weights), goal; MB: 16 bits, each operator reading"
+    yield "and writing memory; of layout copies, those at a codec graph's ends vanish in a channels-last compiler"
     yield ""
     yield from _memory(bundle, counts)
     yield ""
@@ -78,6 +74,20 @@ def report(bundle: Bundle, targets: tuple[str, ...] = (), names: Sequence[str] =
     for name in names:
         yield ""
         yield from _ends(bundle, name)
+
+
+def _snr(snr: Mapping[str, float]) -> str:
+    told = [f"{snr[key]:g}" if key in snr else "-" for key in ("fp32_to_jax",)]
+    deployed = snr.get("w8a16_test", snr.get("fp16_test"))
+    plain = snr.get("w8a16_plain_test", deployed)
+    told.append("-" if deployed is None else f"{deployed:g}" + (f" ({plain:g})" if plain != deployed else ""))
+    return ", ".join([*told, f"goal {snr['goal']:g}" if "goal" in snr else "no goal"])
+
+
+def _layout(counts: Counts) -> str:
+    told = [f"{n} {op} {size / 1e6:.2f} MB" for op, (n, size) in counts.layout.items()]
+    told += [f"{counts.boundary_bytes / 1e6:.2f} MB of them at the ends"] if counts.boundary_bytes else []
+    return ", ".join(told) or "none"
 
 
 def _memory(bundle: Bundle, counts: Mapping[str, Counts]) -> Iterator[str]:

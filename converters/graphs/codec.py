@@ -35,12 +35,14 @@ def conv(
     bias: Any = None,
     *,
     stride: int = 1,
+    pad: tuple[int, int] | None = None,
     change: Callable[[np.ndarray], np.ndarray] = lambda kernel: kernel,
     bias_change: Callable[[np.ndarray], np.ndarray] | None = None,
     shape: Sequence[int] | None = None,
     suffix: str = "",
 ) -> Value:
-    """Zero-padded convolution; ``change`` makes of the stored kernel one of ``shape`` [k, k, in, out]."""
+    """Convolution padded with zeros (``pad``: before and after, default half the kernel's size on both sides);
+    ``change`` makes of the stored kernel one of ``shape`` [k, k, in, out]."""
     size, _, inputs, outputs = kernel.shape if shape is None else shape
     weights = [
         parameter(
@@ -53,16 +55,37 @@ def conv(
     ]
     if bias is not None:
         weights.append(parameter(graph, f"{name}/bias{suffix}", bias, bias_change, (outputs,)))
-    pad, (_, _, height, width) = size // 2, x.shape
-    out = [(n + 2 * pad - size) // stride + 1 for n in (height, width)]
+    before, after = (size // 2, size // 2) if pad is None else pad
+    out = [(n + before + after - size) // stride + 1 for n in x.shape[2:]]
     with graph.scope(name):
         return graph.op(
-            "Conv", [x, *weights], (1, outputs, *out), "conv", kernel_shape=[size] * 2, pads=[pad] * 4,
+            "Conv",
+            [x, *weights],
+            (1, outputs, *out),
+            "conv",
+            kernel_shape=[size] * 2,
+            pads=[before, before, after, after],
             strides=[stride] * 2,
-        )  # fmt: skip
+        )
 
 
-def group_norm(graph: Graph, x: Value, name: str, tree: Tree, groups: int) -> Value:
+def double(graph: Graph, x: Value, name: str) -> Value:
+    """Nearest upsampling by 2, in the one form that has an operator on the NPU."""
+    _, channels, height, width = x.shape
+    scales = graph.weight("scales/2", np.array([1, 1, 2, 2], np.float32))
+    with graph.scope(name):
+        return graph.op(
+            "Resize",
+            [x, "", scales],
+            (1, channels, 2 * height, 2 * width),
+            "double",
+            mode="nearest",
+            coordinate_transformation_mode="asymmetric",
+            nearest_mode="floor",
+        )
+
+
+def group_norm(graph: Graph, x: Value, name: str, tree: Tree, groups: int, eps: float = EPS) -> Value:
     """Statistics over positions, then over the group's channels by a 1x1 convolution: the operator for it splits an
     axis, which costs six layout copies."""
     channels = x.shape[1]
@@ -83,7 +106,7 @@ def group_norm(graph: Graph, x: Value, name: str, tree: Tree, groups: int) -> Va
     with graph.scope(name):
         centred = graph.sub(x, mean(x, "mean"), "centred")
         variance = mean(graph.mul(centred, centred, "squared"), "variance")
-        deviation = graph.unary("Sqrt", graph.add(variance, graph.constant(EPS)), "deviation")
+        deviation = graph.unary("Sqrt", graph.add(variance, graph.constant(eps)), "deviation")
         return graph.add(graph.mul(centred, graph.div(scale, deviation), "scaled"), bias, "out")
 
 

@@ -28,7 +28,7 @@ class Layer:
         self.array, self.index, self.shape = array, index, tuple(array.shape[1:])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.array[self.index], dtype)
+        return np.asarray(np.asarray(self.array)[self.index], dtype)  # a view: indexing in JAX would compile
 
 
 def depth_of(tree: Tree) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nd_jax.converters.graphs.builder import Graph, Value
-from nd_jax.converters.graphs.codec import conv, enter, leave
+from nd_jax.converters.graphs.codec import conv, double, enter, leave
 from nd_jax.converters.graphs.layers import Tree
 from nd_jax.errors import UserError
 from nd_jax.models.codec_config import AsymmetricVAEConfig
@@ -58,7 +58,7 @@ class _Decoder:
         for k in range(3):
             x = self.memory(x, first + k, 3 * level + k)
         if config.decoder_space_upscale[level]:
-            x = self.double(x, f"decoder/blocks/{first + 3}")
+            x = double(self.graph, x, f"decoder/blocks/{first + 3}")
         grow, then = self.blocks[str(first + 4)]["conv"]["kernel"], self.blocks[str(first + 5)]["kernel"]
         inputs, outputs = then.shape[2:]
         for frame in range(2 if config.decoder_time_upscale[level] else 1):
@@ -70,21 +70,6 @@ class _Decoder:
             path, shape = f"decoder/blocks/{first + 5}", (3, 3, inputs, outputs)
             grown = conv(self.graph, x, path, then, change=folded, shape=shape, suffix=f"/frame{frame}")
             self.level(grown, level + 1)
-
-    def double(self, x: Value, name: str) -> Value:
-        """Nearest upsampling, in the one form that has an operator on the NPU."""
-        _, channels, height, width = x.shape
-        scales = self.graph.weight("scales/2", np.array([1, 1, 2, 2], np.float32))
-        with self.graph.scope(name):
-            return self.graph.op(
-                "Resize",
-                [x, "", scales],
-                (1, channels, 2 * height, 2 * width),
-                "double",
-                mode="nearest",
-                coordinate_transformation_mode="asymmetric",
-                nearest_mode="floor",
-            )
 
 
 def decoder_graph(config: AsymmetricVAEConfig, params: Tree, height: int, width: int, name: str = "decoder") -> Graph:
