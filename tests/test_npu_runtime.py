@@ -113,6 +113,22 @@ def test_videos_are_those_of_jax(pipeline, generator):
     assert np.abs(video.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
+def test_first_frames_of_any_mode(mode, tmp_path):
+    """The same pixels as nd-jax's own reader."""
+    from PIL import Image
+
+    from nd_jax.converters.runtime.video import read_image
+    from nd_jax.data.clips import read_image as read_ours
+
+    pixels = np.random.Generator(np.random.Philox(0)).integers(0, 256, (30, 50, 4), dtype=np.uint8)
+    made = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(pixels)
+    made = made if mode == "I;16" else made.convert(mode)
+    made.save(tmp_path / "image.png")
+    found = read_image(tmp_path / "image.png", 16, 24)
+    np.testing.assert_array_equal(found, read_ours(tmp_path / "image.png", size=(16, 24)))
+
+
 def test_noise_is_named_alike(generator):
     sizes = [envelope.clips[-1][1:] for envelope in generator.envelopes]
     found, expected = named_noise(5, 2, 3, sizes, 4, 1 / 3), generator.noise(5, [2])

@@ -68,12 +68,13 @@ def quantised_form(
     """
     entry = writer.content["graphs"][name]
     source = writer.folder / entry["files"]["fp32"]["model"]
-    stem = entry["files"]["fp32"]["data"][0].removeprefix(f"{GRAPHS}/").removesuffix(".data")
+    weights = entry["files"]["fp32"]["data"]
+    stem = weights[0].removeprefix(f"{GRAPHS}/").removesuffix(".data") if weights else name
     target = source.with_name(f"{name}.{W8A16}.onnx")
     ranges = value_ranges(source, calibration.runs(name, "calibration"))
     entry["ranges"] = {key: list(ranges[key]) for key in (*entry["inputs"], *entry["outputs"])}
-    alone = sum(each["files"]["fp32"]["data"] == entry["files"]["fp32"]["data"] for each in
-                writer.content["graphs"].values()) == 1  # fmt: skip
+    others = [each["files"]["fp32"]["data"] for key, each in writer.content["graphs"].items() if key != name]
+    alone = not weights or weights not in others
     path = writer.folder / GRAPHS / f"{stem}.{W8A16}.data"
     tries = [overrides or {}]
     if alone and overrides is None and name in GOALS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -47,7 +48,10 @@ def value_ranges(path: Path, runs: Iterable[Mapping[str, np.ndarray]]) -> dict[s
         # External data has to lie below the model's folder: link it there for as long as this takes.
         watched = Path(folder) / path.name
         for name in data_files(model):
-            (Path(folder) / name).hardlink_to(path.with_name(name))
+            try:
+                (Path(folder) / name).hardlink_to(path.with_name(name))
+            except OSError:  # a file system without links
+                shutil.copyfile(path.with_name(name), Path(folder) / name)
         watched.write_bytes(model.SerializeToString())
         session = open_session(watched)
         for inputs in runs:

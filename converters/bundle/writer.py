@@ -65,12 +65,15 @@ class BundleWriter:
         """Write the manifest, last of all, over every file of the folder."""
         for file in self._data.values():
             file.close()
+        for path in (self.folder / GRAPHS).glob("*.data"):
+            if not path.stat().st_size:  # all weights are small enough to be in the graphs
+                path.unlink()
         for path in sorted(self.folder.rglob("*")):
             if path.is_file() and path.name != MANIFEST:
                 name = path.relative_to(self.folder).as_posix()
                 self.content["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for graph in self.content["graphs"].values():  # a graph without large weights has no data file to speak of
             for form in graph["files"].values():
-                form["data"] = [name for name in form["data"] if self.content["files"][name]["bytes"]]
+                form["data"] = [name for name in form["data"] if name in self.content["files"]]
         text = json.dumps(self.content, indent=1, sort_keys=True, allow_nan=False)
         (self.folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -36,7 +36,11 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
             if image.width * image.height > MOST_PIXELS:
                 raise BundleError(f"image {path} has more than {MOST_PIXELS} pixels; scale it down first")
             image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: convert() would clip, not scale
+                values = np.asarray(image, np.float64)
+                top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
+                image = Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             image = image.convert("RGB")
