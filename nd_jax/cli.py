@@ -39,6 +39,11 @@ VERBS = {
     "evaluate vbench-table": "nd_jax.commands.vbench:vbench_table",
     "convert import": "nd_jax.commands.convert:convert_import",
     "convert export": "nd_jax.commands.convert:convert_export",
+    "npu build": "nd_jax.commands.npu:npu_build",
+    "npu calibrate": "nd_jax.commands.npu:npu_calibrate",
+    "npu run": "nd_jax.commands.npu:npu_run",
+    "npu inspect": "nd_jax.commands.npu:npu_inspect",
+    "npu judge": "nd_jax.commands.npu:npu_judge",
     "verify": "nd_jax.commands.verify:verify",
 }
 
@@ -61,6 +66,11 @@ SUMMARIES = {
     "evaluate vbench-table": "VBench's totals, beside the published ones",
     "convert import": "official PyTorch folder to nd-jax's own form",
     "convert export": "nd-jax's own form to an official PyTorch folder",
+    "npu build": "a checkpoint as a bundle of ONNX graphs for phones",
+    "npu calibrate": "record what the pipeline feeds a bundle's graphs",
+    "npu run": "a video from a bundle, without JAX",
+    "npu inspect": "operators, bytes, SNR and estimates of a bundle",
+    "npu judge": "a shapes bundle's videos beside JAX's",
     "verify": "recompute golden cases and compare",
 }
 

@@ -3,7 +3,8 @@
 Start from the teacher that comes with the package. Distil its text encoder, distil a tiny decoder for its latents,
 remove a quarter of its blocks and recover in two stages; put all of it into one student, export that as a PyTorch
 folder, read it back, generate, judge, report. Beside it a small teacher is trained from nothing for two minutes, as
-proof that training works. Every step leaves its folder; run again, a demonstration continues where it stopped.
+proof that training works. At last the student becomes a bundle of graphs for phones, where the extra npu is installed.
+Every step leaves its folder; run again, a demonstration continues where it stopped.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from nd_jax.data.source import prompts as world_prompts
 from nd_jax.data.world import world_named
 from nd_jax.decoder_clips import held_out_clips, training_source
 from nd_jax.decoder_report import compare_decoders
+from nd_jax.demo_phone import phone_bundle
 from nd_jax.demo_report import DemoResults, reconstructions, write_demo_report
 from nd_jax.errors import UserError
 from nd_jax.evaluate import evaluate_system
@@ -203,6 +205,15 @@ def demo(
         )
         for name, s in systems.items()
     }
+
+    # ---- graphs for a phone
+    captions, _ = world_prompts(world, "seen", prompts, seed=seed + 1)
+    recorded, _ = world_prompts(world, "train", 16, seed=seed + 2)
+    tell = partial(console.print, markup=False, highlight=False)
+    phone = watch(
+        "build the student's bundle", lambda: phone_bundle(out / "bundle", again, captions, recorded, seed, tell)
+    )
+
     through = [judged[name].videos for name in ("all three: the student", "student, through the torch folder")]
     results = DemoResults(
         judged=judged,
@@ -214,6 +225,7 @@ def demo(
         shapes=shapes,
         real=real_pairs,
         same=bool(np.array_equal(*through)),
+        phone=phone,
         seconds=watch.seconds,
         minutes=(time.monotonic() - began) / 60,
         seed=seed,

@@ -18,6 +18,7 @@ from nd_jax.data.source import prompts as world_prompts
 from nd_jax.data.video_out import contact_sheet, write_video
 from nd_jax.data.world import ATTRIBUTES, World, world_named
 from nd_jax.decoder_report import DecoderFigures, decoder_table
+from nd_jax.demo_phone import Phone, phone_sections
 from nd_jax.evaluate import Judged, Reconstruction, judge_videos, reconstruct
 from nd_jax.evaluation_report import accuracy_table, gallery
 from nd_jax.importance_report import Importance
@@ -51,6 +52,8 @@ class DemoResults:
     """The shipped codec on shapes, and how the judge reads them."""
     real: RealPairs
     same: bool
+    phone: Phone | None
+    """None where the extra npu is missing."""
     seconds: dict[str, float]
     minutes: float
     seed: int
@@ -67,6 +70,7 @@ class DemoResults:
             "decoders": {name: dataclasses.asdict(each) for name, each in self.decoders.items()},
             "importance": {**Importance(self.influence).figures(), "removed": list(self.drop)},
             "codec": codec,
+            "phone": self.phone.summary() if self.phone else None,
             "seconds": self.seconds,
         }
 
@@ -133,6 +137,7 @@ def sections(out: Path, preset: Preset, results: DemoResults) -> list[Section]:
             },
             note="Flow-matching losses compare only within a stage of the pyramid.",
         ),
+        *phone_sections(out / "videos", results.phone, judged[results.student].videos, captions),
         *Importance(results.influence).sections(results.drop),
         codec_table(results.shapes, results.real),
         *real_gallery(out / "videos", results.real),

@@ -12,7 +12,17 @@ from pathlib import Path
 from nd_jax.errors import UserError
 
 # What a folder has to contain, somewhere in its first two levels, before --overwrite may delete it.
-_OURS = ("config.json", "nd_jax.json", "report.html", "metrics.jsonl", "dataset.json", "latents.npy", "targets.bin")
+_OURS = (
+    "config.json",
+    "nd_jax.json",
+    "report.html",
+    "metrics.jsonl",
+    "dataset.json",
+    "latents.npy",
+    "targets.bin",
+    "bundle.json",
+    "calibration.json",
+)
 
 
 def _replaceable(folder: Path) -> bool:

@@ -46,3 +46,12 @@ def test_converters_import_only_networks_and_pyramid():
     assert files
     for path in files:
         assert imported(path) <= {"models", "pyramid", "converters"} | EVERYWHERE, path
+
+
+def test_runtime_imports_nothing_of_ours():
+    import nd_jax.converters
+
+    for path in (Path(nd_jax.converters.__file__).parent / "runtime").rglob("*.py"):
+        assert not imported(path), path
+        assert "jax" not in {name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for
+                             name in [alias.name.split(".")[0] for alias in node.names]}, path  # fmt: skip

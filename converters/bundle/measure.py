@@ -1,0 +1,52 @@
+"""SNR of every graph in the form it is deployed in, on the recorded test split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnxruntime
+
+from nd_jax.converters.graphs.parts import ENCODER
+from nd_jax.converters.graphs.session import run_session
+
+GOALS = {
+    "text_encoder_3": 45.0,
+    "adapter": 45.0,
+    "vae_encoder": 40.0,
+    "denoiser_stage0": 29.0,
+    "denoiser_stage1": 24.0,
+    "denoiser_stage2": 24.0,
+    "decoder": 35.0,
+    "decoder_first": 35.0,
+}
+"""dB that a graph has to reach (first frame: the mean alone, which is what a sampled latent consists of)."""
+MEASURED = {ENCODER: ("mean",)}
+"""Outputs that count, where not all do."""
+
+
+def split_snr(
+    name: str,
+    session: onnxruntime.InferenceSession,
+    runs: Iterable[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]],
+) -> float:
+    """``20 log10(|ref| / |ref - got|)`` in dB over all runs (inputs, float32 outputs) and the outputs that count.
+
+    States that a decoder only hands on, and values of one output, are weighed as they are: by their squares.
+    """
+    signal = error = 0.0
+    for inputs, reference in runs:
+        found = run_session(session, inputs)
+        for key in counted(name, reference):
+            expected, got = np.asarray(reference[key], np.float64), np.asarray(found[key], np.float64)
+            signal += float(np.square(expected).sum())
+            error += float(np.square(expected - got).sum())
+    return float("inf") if not error else 10 * float(np.log10(signal / error))
+
+
+def counted(name: str, outputs: Mapping[str, np.ndarray]) -> list[str]:
+    """The outputs that count: a decoder's frames, not its states; the mean of moments; otherwise all."""
+    if name in MEASURED:
+        return [key for key in outputs if key in MEASURED[name]]
+    frames = [key for key in outputs if key.startswith("frame/")]
+    return frames or list(outputs)

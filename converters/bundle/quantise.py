@@ -1,0 +1,200 @@
+"""W8A16: a float32 graph with quantise-dequantise pairs around every operator (QDQ form), weights as integers.
+
+Written here instead of by onnxruntime's quantiser because every encoding has to be ours: weights by channel for matrix
+products too, the same bytes in all three stages, one range for values that are only moved, 8-bit norm scales.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from nd_jax.converters.bundle.encodings import Encoding, activation_encoding, quantise, weight_encoding
+from nd_jax.converters.bundle.ranges import Range
+from nd_jax.converters.graphs.builder import INLINE, DataFile, Weight, save_model
+from nd_jax.errors import UserError
+
+CHANNEL_AXIS = {"MatMul": 1, "Gemm": 1, "Conv": 0}
+"""Operators with weights (their second input), and the axis of a weight's output channels."""
+NORMS = {"LayerNormalization", "RMSNormalization"}
+MOVING = {"Reshape", "Transpose", "Split", "Slice", "Resize", "DepthToSpace", "Identity"}
+"""Operators that only move values: what comes out keeps the encoding of what goes in."""
+MARGIN = 2.0
+"""Ranges are widened by this: 16 bits have room for it, and values beyond a recorded range would be cut off."""
+KNOWN = {"cosines": (-1.0, 1.0), "sines": (-1.0, 1.0), "sinusoid": (-1.0, 1.0), "bias*": (-100.0, 0.0)}
+"""Ranges of inputs that are known without recording."""
+WEIGHT_TYPES = {"int8": np.int8, "int16": np.int16}
+Overrides = Mapping[str, str]
+"""Patterns of weight names to "int8" or "int16"."""
+
+
+def value_groups(graph: onnx.GraphProto) -> dict[str, str]:
+    """Representative of every value: those that are joined by moving operators share one."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    for node in graph.node:
+        if node.op_type in MOVING:
+            for output in node.output:
+                parent[root(output)] = root(node.input[0])
+    return {name: root(name) for name in list(parent)}
+
+
+def activation_encodings(graph: onnx.GraphProto, ranges: Mapping[str, Range]) -> dict[str, Encoding]:
+    """One encoding for every value, from the widened ranges of all values of its group; softmax is 0 to 1."""
+    groups, widest = value_groups(graph), {}
+    fixed = {node.output[0]: (0.0, 1.0) for node in graph.node if node.op_type == "Softmax"}
+    for pattern, known in KNOWN.items():
+        fixed |= {value.name: known for value in graph.input if fnmatch.fnmatchcase(value.name, pattern)}
+    for name, (low, high) in ranges.items():
+        low, high = fixed.get(name, (low * MARGIN, high * MARGIN))
+        group = groups.get(name, name)
+        before = widest.get(group, (low, high))
+        widest[group] = (min(low, before[0]), max(high, before[1]))
+    return {name: activation_encoding(*widest[groups.get(name, name)]) for name in ranges}
+
+
+def weight_type(name: str, overrides: Overrides) -> type:
+    """Type of a weight: the last pattern that fits its name decides."""
+    chosen = "int8"
+    for pattern, kind in overrides.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            chosen = kind
+    if chosen not in WEIGHT_TYPES:
+        raise UserError(f"quantisation of {name}: {chosen!r}; expected one of {', '.join(WEIGHT_TYPES)}")
+    return WEIGHT_TYPES[chosen]
+
+
+@dataclass
+class Quantiser:
+    """One pass over a graph. ``weights``: every float initializer by name; ``data``: where large constants go."""
+
+    graph: onnx.GraphProto
+    weights: Mapping[str, np.ndarray]
+    activations: dict[str, Encoding]
+    data: DataFile
+    overrides: Overrides = field(default_factory=dict)
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, TensorProto] = field(default_factory=dict)
+    _real: set[str] = field(default_factory=set)
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """A constant, in the graph if it is small."""
+        if name not in self.constants:
+            if array.nbytes <= INLINE:
+                self.constants[name] = numpy_helper.from_array(array, name)
+            else:
+                self.constants[name] = self.data.store(name, Weight(array.shape, lambda: array), array.dtype)
+        return name
+
+    def dequantised(self, name: str, integers: np.ndarray, encoding: Encoding, *, own: str = "") -> str:
+        """Name of the real value of an integer constant. ``own``: a suffix for constants that belong to one graph."""
+        real = f"{name}{own}/real"
+        if real not in self._real:
+            inputs = [
+                self.constant(f"{name}{own}/{integers.dtype.name}", integers),
+                self.constant(f"{name}{own}/scale", encoding.scale),
+            ]
+            if encoding.zero.any() or encoding.zero.dtype.kind == "u":
+                inputs.append(self.constant(f"{name}{own}/zero", encoding.zero))
+            axis = {} if encoding.axis is None else {"axis": encoding.axis}
+            self.nodes.append(helper.make_node("DequantizeLinear", inputs, [real], name=f"{real}/node", **axis))
+            self._real.add(real)
+        return real
+
+    def weight(self, node: onnx.NodeProto, index: int) -> str:
+        """The real value of a weight, norm scale, bias or other constant as its operator wants it."""
+        name = node.input[index]
+        array = self.weights[name]
+        if node.op_type in CHANNEL_AXIS and index == 1:
+            encoding = self.channels(node)
+            return self.dequantised(name, quantise(array, encoding), encoding)
+        if node.op_type in CHANNEL_AXIS and index == 2:
+            scale = self.channels(node).scale * self.activations[node.input[0]].scale
+            integers = np.rint(array.astype(np.float64) / scale).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)
+            encoding = Encoding(scale.astype(np.float32), np.zeros(scale.shape, np.int32), 0)
+            return self.dequantised(name, integers, encoding, own=f"/{self.graph.name}")
+        if node.op_type in NORMS and index == 1:
+            encoding = activation_encoding(float(array.min()), float(array.max()), np.uint8)
+            return self.dequantised(name, quantise(array, encoding), encoding)
+        encoding = activation_encoding(float(array.min()), float(array.max()))
+        return self.dequantised(name, quantise(array, encoding), encoding)
+
+    def channels(self, node: onnx.NodeProto) -> Encoding:
+        """Encoding of an operator's weight."""
+        bias = self.weights[node.input[2]] if len(node.input) > 2 else None
+        dtype = weight_type(node.input[1], self.overrides)
+        return weight_encoding(self.weights[node.input[1]], CHANNEL_AXIS[node.op_type], dtype, bias)
+
+    def make_room(self) -> None:
+        """Widen the encodings of inputs so narrow that a bias behind them would not fit 32 bits."""
+        groups = value_groups(self.graph)
+        for node in self.graph.node:
+            if node.op_type in CHANNEL_AXIS and len(node.input) > 2:
+                name, bias = node.input[0], np.abs(self.weights[node.input[2]])
+                needed = float((bias / self.channels(node).scale).max()) / (2**31 - 1)
+                scale, zero, _ = self.activations[name]
+                if needed > scale:
+                    wide = Encoding(np.float32(needed * 1.001).reshape(()), zero // np.uint16(needed / scale + 1))
+                    group = groups.get(name, name)
+                    for each in [n for n in self.activations if groups.get(n, n) == group]:
+                        self.activations[each] = wide
+
+    def pair(self, source: str, target: str, name: str) -> None:
+        """Quantise ``source`` and dequantise it as ``target``."""
+        encoding = self.activations[name]
+        scale = self.constant(f"{name}/{self.graph.name}/scale", encoding.scale)
+        zero = self.constant(f"{name}/{self.graph.name}/zero", encoding.zero)
+        integers = f"{name}/integers"
+        for op, given, made in (("QuantizeLinear", source, integers), ("DequantizeLinear", integers, target)):
+            self.nodes.append(helper.make_node(op, [given, scale, zero], [made], name=f"{name}/{op}"))
+
+    def run(self) -> onnx.GraphProto:
+        """The quantised graph, with the names of inputs, outputs and operators that the float one has."""
+        self.make_room()
+        inputs = {value.name: f"{value.name}/real" for value in self.graph.input}
+        for name, real in inputs.items():
+            self.pair(name, real, name)
+        for node in self.graph.node:
+            new = onnx.NodeProto()
+            new.CopyFrom(node)
+            for index, name in enumerate(node.input):
+                if name in self.weights and not (node.op_type == "Resize" or name.startswith("integers/")):
+                    new.input[index] = self.weight(node, index)
+                elif name in inputs:
+                    new.input[index] = inputs[name]
+            new.output[:] = [f"{name}/float" for name in node.output]
+            self.nodes.append(new)
+            for name in node.output:
+                self.pair(f"{name}/float", name, name)
+        graph = helper.make_graph(self.nodes, self.graph.name, self.graph.input, self.graph.output)
+        used = {name for node in self.nodes for name in node.input}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        graph.initializer.extend([*kept, *self.constants.values()])
+        return graph
+
+
+def quantise_graph(
+    source: Path, target: Path, data: DataFile, ranges: Mapping[str, Range], overrides: Overrides | None = None
+) -> None:
+    """Write the W8A16 form of the saved float32 graph ``source`` to ``target``, its weights to ``data``.
+
+    ``ranges`` is what ``value_ranges`` found; graphs that share ``data`` share their weights.
+    """
+    model = onnx.load(source)
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    small = [tensor for tensor in model.graph.initializer if tensor.name.startswith(("integers/", "scales/"))]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(small)
+    activations = activation_encodings(model.graph, ranges)
+    save_model(Quantiser(model.graph, weights, activations, data, overrides or {}).run(), target)
