@@ -67,7 +67,7 @@ def test_the_target_is_where_the_teachers_steps_lead():
 
     @jax.jit
     def run(state, batch):
-        examples, _ = made.examples(state, batch)
+        examples, _ = made.prepare(state, batch)
         examples |= made.draws(state.step_key())
         rows = len(examples["unit"])
         examples |= {"factor": jnp.ones(rows), "guided": jnp.ones(rows, bool)}
@@ -111,7 +111,7 @@ def test_rounds_halve_the_steps_and_change_the_teacher():
                 state.frozen[DENOISER]["noisy"]["kernel"], before.ema[DENOISER]["noisy"]["kernel"], rtol=1e-6
             )
     assert seen == [0, 0, 1, 1, 2]
-    examples, _ = made.examples(state, batch)
+    examples, _ = made.prepare(state, batch)
     examples |= made.draws(state.step_key())
     rows = len(examples["unit"])
     asked = examples | {"factor": jnp.full(rows, 2), "guided": jnp.zeros(rows, bool)}
@@ -138,7 +138,7 @@ def test_the_average_velocity_of_a_known_flow_is_a_fixed_point():
         return answers
 
     _, empty = prepared(made, denoiser)
-    examples, _ = made.examples(state_of(made, (0, 0, 0), (0, 0, 0), empty), make_batch(BATCH))
+    examples, _ = made.prepare(state_of(made, (0, 0, 0), (0, 0, 0), empty), make_batch(BATCH))
     drawn = jax.jit(made.draws)(jax.random.key(3))
     drawn["local"] = jnp.clip(drawn["local"], 0.1, 1)
     starts = np.asarray([drawn["local"][:, g] for g in range(3)])

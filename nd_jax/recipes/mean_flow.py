@@ -56,7 +56,7 @@ class MeanFlowRecipe(RegressionRecipe):
             )
         if config.power < 0 or not 0 <= config.at_start <= 1:
             raise UserError(
-                f"mean flow: power {config.power}, at start {config.at_start}; expected at least 0, the latter at most 1"
+                f"mean flow: power {config.power}, at start {config.at_start}; expected at least 0, and a share"
             )
 
     def draws(self, key: jax.Array) -> dict[str, Any]:
