@@ -150,7 +150,7 @@ PRESET = Preset(
         "progressive": ProgressiveRun(
             ProgressiveConfig(**few, teacher_steps=2, rounds=3, round_steps=1000), student.loop
         ),
-        "mean_flow": MeanFlowRun(MeanFlowConfig(**few), student.loop),
+        "mean_flow": MeanFlowRun(MeanFlowConfig(**few, difference=1 / 16), student.loop),
         "adversarial": AdversarialRun(AdversarialConfig(**few), student.loop),
     },
 )

@@ -151,7 +151,7 @@ student = DmdRun(
 )
 regress = dataclasses.replace(adam(3e-4, 600), b1=0.9, b2=0.95)
 progressive = ProgressiveRun(ProgressiveConfig(**few, teacher_steps=2, rounds=2, round_steps=250, optim=regress), STEPS)
-mean_flow = MeanFlowRun(MeanFlowConfig(**few, optim=regress), STEPS)
+mean_flow = MeanFlowRun(MeanFlowConfig(**few, difference=1 / 16, optim=regress), STEPS)
 adversarial = AdversarialRun(
     AdversarialConfig(**few, cauchy_weight=0.1, optim=adam(1e-4, 600), head_optim=adam(1e-3, 600)), STEPS
 )

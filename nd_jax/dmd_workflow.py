@@ -107,7 +107,7 @@ def longest(system: VideoSystem, captions: Iterable[str]) -> int:
     same and take longer."""
     most, most_of_all, captions = 1, system.video.text_length, iter(captions)
     while most < most_of_all and (some := list(itertools.islice(captions, 1024))):
-        most = max(most, int(np.max(np.sum(system.tokens(some)[0].t5_mask, axis=1))))
+        most = max(most, int(np.sum(system.tokenizers["t5"](some).mask, axis=1).max()))
     return most
 
 

@@ -228,6 +228,7 @@ def generate_batches(
     plan: SamplePlan | None = None,
     negative_prompt: str = "",
     first_frames: UInt8[np.ndarray, "n h w 3"] | None = None,
+    first_latents: Callable[[Sequence[str], Sequence[int | str], int], Array] | None = None,
     batch: int = 16,
     generator: Generator | None = None,
     kept: Int[Array, " k"] | None = None,
@@ -240,6 +241,8 @@ def generate_batches(
         plan: steps and guidance; default: what the system's folder asks for.
         negative_prompt: what guidance steers away from.
         first_frames: given first frames, one per prompt: hybrid generation.
+        first_latents: function of (prompts, names of their samples, seed) that gives them as normalised latents
+            [B, 1, h, w, C], instead; see ``first_unit``.
         generator: size, length and compiled programs; default: one for what the folder asks for.
         kept: the denoiser's blocks to run, besides the last one; default: all.
         samples: names of the prompts' noise; default: their places.
@@ -259,17 +262,32 @@ def generate_batches(
     for start in range(0, len(prompts), batch):
         rows = range(start, min(start + batch, len(prompts)))
         padding = batch - len(rows)  # the last batch keeps its shape, so that nothing compiles again
-        conditions, warnings = system.conditions([prompts[row] for row in rows] + [""] * padding)
+        lines = [prompts[row] for row in rows] + [""] * padding
+        conditions, warnings = system.conditions(lines)
         for line in warnings:
             warn(line)
         named = rows if samples is None else samples[rows.start : rows.stop]
-        noise = generator.noise(seed, [*named, *(f"padding-{i}" for i in range(padding))])
-        first = None
+        names = [*named, *(f"padding-{i}" for i in range(padding))]
+        noise = generator.noise(seed, names)
+        first = None if first_latents is None else first_latents(lines, names, seed)
         if first_frames is not None:
             given = np.pad(first_frames[rows.start : rows.stop], ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge")
             first = generator.encode_first_frame(given, noise.first)
         latents = generator.latents(conditions, noise, plan, negative=negative, first_latent=first, kept=kept)
         yield generator.decode(latents)[: len(rows)]
+
+
+def first_unit(system: VideoSystem, *, height: int, width: int) -> Callable[..., Float[Array, "b 1 h w c"]]:
+    """What ``generate_batches`` takes as ``first_latents``: a system's own first frames, by its plan and guidance. They
+    are those of its videos with the same seed."""
+    generator, plan = Generator(system, height=height, width=width, frames=1), system.sampling
+
+    def make(prompts: Sequence[str], names: Sequence[int | str], seed: int) -> Float[Array, "b 1 h w c"]:
+        conditions, _ = system.conditions(list(prompts))
+        negative = system.conditions([""] * len(prompts))[0] if needs_negative(plan) else None
+        return generator.latents(conditions, generator.noise(seed, names), plan, negative=negative)
+
+    return make
 
 
 def generate(

@@ -103,7 +103,7 @@ def test_rows_of_the_students_own_know_nothing_of_the_data():
     made = recipe(batch=16, stage_mix=(1, 2, 1), steps=(2, 1, 2), own_history=0.5)
     assert made.rolled_rows == 2
     state, batch, pooled = scene_of(made, 16)
-    examples, told = jax.jit(made.examples)(state, batch)
+    examples, told = jax.jit(made.prepare)(state, batch)
     own = np.asarray(examples["own"])
     assert own.tolist() == [True, True, False, False]
     np.testing.assert_allclose(told["rollout"]["share"], 0.5)

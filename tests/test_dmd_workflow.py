@@ -12,6 +12,7 @@ import tiny_system
 import training_toy as toy
 
 from nd_jax import cli, workflow
+from nd_jax.commands.generate import changed_plan
 from nd_jax.converters.component import save_component
 from nd_jax.data.latents import write_latents
 from nd_jax.dmd_workflow import distil_steps, longest
@@ -127,3 +128,13 @@ def test_step_distillation_by_command(tiny_folder, tmp_path, capsys):
         shared = [load_preset(preset).run(name).recipe for name in RUNS]
         for field in ("steps", "first_guidance", "later_guidance", "batch", "stage_mix"):
             assert len({getattr(recipe, field) for recipe in shared}) == 1, field
+
+
+def test_a_plan_may_be_changed_by_command():
+    """Fresh noise on or off, whatever the folder says; left alone without the option."""
+    plan = SamplePlan((1, 2, 1), (1, 1, 1), grid="plain", renew=True)
+    nothing = (None,) * 5
+    assert changed_plan(plan, *nothing, 3) == plan
+    assert changed_plan(plan, *nothing, 3, "no") == dataclasses.replace(plan, renew=False)
+    off = dataclasses.replace(plan, renew=False)
+    assert (changed_plan(off, *nothing, 3), changed_plan(off, *nothing, 3, "yes")) == (off, plan)

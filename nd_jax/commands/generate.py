@@ -36,6 +36,7 @@ def generate(
     guidance: float | None = None,
     first_guidance: float | None = None,
     grid: Literal["official", "plain"] | None = None,
+    renew: Literal["yes", "no"] | None = None,
     batch: int = 8,
     overwrite: bool = False,
 ) -> None:
@@ -58,6 +59,7 @@ def generate(
         guidance: v_uncond + w (v_cond - v_uncond); 0 or 1: none.
         first_guidance: the same for the first latent frame; default: as ``guidance``.
         grid: step grid, "official" or "plain" (even).
+        renew: whether every step ends with fresh noise on the clean prediction, for few-step students.
         batch: prompts at a time.
         overwrite: replace existing files.
     """
@@ -87,7 +89,9 @@ def generate(
         width=video.width if width is None else width,
         frames=video.frames if frames is None else frames,
     )
-    plan = changed_plan(system.sampling, steps, first_steps, guidance, first_guidance, grid, system.schedule.stages)
+    plan = changed_plan(
+        system.sampling, steps, first_steps, guidance, first_guidance, grid, system.schedule.stages, renew
+    )
     first = None
     if image is not None:
         first = np.repeat(read_image(image, size=(generator.height, generator.width))[None], len(lines), axis=0)
@@ -119,6 +123,7 @@ def changed_plan(
     first_guidance: float | None,
     grid: str | None,
     stages: int,
+    renew: str | None = None,
 ) -> Any:
     """The folder's plan with what the command line changes; ``first_`` follows the other where only that is given.
 
@@ -135,7 +140,7 @@ def changed_plan(
     counts = given(first_steps, steps, plan.first_steps), given(steps, plan.later_steps)
     if {len(each) for each in counts} != {stages}:
         raise UserError(f"generate: steps {counts[0]} and {counts[1]}, expected {stages} numbers, one for each stage")
-    return SamplePlan(*counts, *scales, given(grid, plan.grid), plan.renew)
+    return SamplePlan(*counts, *scales, given(grid, plan.grid), given(renew, plan.renew) in (True, "yes"))
 
 
 def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:

@@ -180,6 +180,13 @@ def compare(result: ProtocolResult, baseline: ProtocolResult) -> dict[str, Compa
     return found
 
 
+def travel_against(result: ProtocolResult, baseline: ProtocolResult, split: str) -> Estimate:
+    """How far objects move that are asked to, divided by how far the baseline's do, prompt by prompt."""
+    moves = prompt_list(result.protocol, split).labels[:, :, 3] != 0
+    ours, theirs = (_sums(each.splits[split].made, "travel", moves) for each in (result, baseline))
+    return estimate(quotient_of_means, *ours, *theirs, resamples=result.protocol.resamples)
+
+
 @dataclass(frozen=True)
 class SystemFigures:
     """Everything about one system."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, UInt8
 
 from nd_jax.data.world import World
 from nd_jax.errors import UserError
@@ -89,9 +89,14 @@ class SystemVideos:
             captions = [""] * len(captions)
         elif control == UNTRAINED_TEXT:
             system = self._untrained
-        generator = self.generators[world.height, world.width]
-        for made in generate_batches(system, captions, seed=seed, plan=plan, batch=self.batch, generator=generator):
+        generator, first = self.generators[world.height, world.width], self.first_latents(world)
+        options = {"seed": seed, "plan": plan, "batch": self.batch, "generator": generator, "first_latents": first}
+        for made in generate_batches(system, captions, **options):
             yield from made
+
+    def first_latents(self, world: World) -> Callable[..., Array] | None:
+        """First frames that are given, as ``generate_batches`` takes them; none here."""
+        return None
 
     def reconstruct(self, clip: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
         return self._through_codec(self.system.on_device[CODEC], clip)

@@ -128,7 +128,7 @@ class AdversarialRecipe(PredictingRecipe):
 
     def step(self, state: AdversarialState, batch: dict[str, Array]) -> tuple[AdversarialState, dict]:
         config = self.config
-        examples, told = self.examples(state, batch)
+        examples, told = self.prepare(state, batch)
         examples |= self.draws(state.step_key())
         generated, back = self.generate_once(examples, state.params[DENOISER])
         packed, clean = self.scene(examples), generated["clean"]

@@ -117,7 +117,7 @@ class DmdRecipe(PredictingRecipe):
 
     def step(self, state: DmdState, batch: dict[str, Array]) -> tuple[DmdState, dict]:
         config, student = self.config, state.params[DENOISER]
-        base, told = self.examples(state, batch)
+        base, told = self.prepare(state, batch)
         draws = jax.vmap(self.draws)(jax.random.split(state.step_key(), config.fake_updates + 1))
         examples = base | jax.tree.map(lambda x: x[-1], draws)
         once = config.microbatches == 1  # then the forward pass that is judged is also the one that learns

@@ -108,7 +108,7 @@ class FewStepRecipe(FlowRecipe):
 
     # ---- a step's examples
 
-    def examples(self, state: TrainState, batch: dict[str, Array]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def prepare(self, state: TrainState, batch: dict[str, Array]) -> tuple[dict[str, Any], dict[str, Any]]:
         """A batch dealt into columns with its conditions and, if the student makes histories, ``own`` [B] and
         ``rolled``, one ``Rollout`` per size; without draws. And what there is to log of the rollouts."""
         rows = self.config.batch // len(self.columns)

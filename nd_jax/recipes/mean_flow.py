@@ -6,6 +6,10 @@ Jacobian-vector product. ``v`` is the guided teacher's.
 
 The interval is conditioned by ``s`` alone: its end ``r`` is the end of the step of the student's grid that ``s`` lies
 in, ``r = (ceil(s n) - 1) / n``. So the network needs no second time, keeps its layout, and is sampled by Euler steps.
+
+A network that was told timesteps 1000 .. 1 by sines answers smoothly at those it was trained on and wildly between:
+its derivative is mostly noise. ``difference`` d takes the identity over a finite piece of the flow instead,
+``u(z_s, s) = (d v + (s - d - r) u(z_s - d v, s - d)) / (s - r)``, an average in which nothing is amplified.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ class MeanFlowConfig(FewStepConfig):
 
     power: float = 1.0
     """Samples weigh ``1 / (error + 0.001)^power`` (arXiv 2505.13447, eq. 22); 0 for plain squared errors."""
+    difference: float = 0.0
+    """Local noise over which the identity is taken, at most what is left of the step; 0 for the derivative itself."""
     at_start: float = 0.25
     """Share of rows at the very start of a step, where the student will be asked; the others lie evenly along it."""
     ema_decay: float = 0.99
@@ -38,7 +44,7 @@ class MeanFlowConfig(FewStepConfig):
 
 def interval_end(local: Float[Array, " b"], steps: int) -> Float[Array, " b"]:
     """End of the even step that local noise in (0, 1] lies in; a step begins at its own level."""
-    return (jnp.ceil(local * steps - 1e-4) - 1) / steps
+    return jnp.maximum(jnp.ceil(local * steps - 1e-4) - 1, 0) / steps
 
 
 class MeanFlowRecipe(RegressionRecipe):
@@ -54,9 +60,11 @@ class MeanFlowRecipe(RegressionRecipe):
                 f"mean flow: renew {config.renew}, simulated {config.simulated}, own history {config.own_history}; "
                 "expected none of them: its students take Euler steps and are trained on inputs of the data"
             )
+        if not 0 <= config.difference <= 1:
+            raise UserError(f"mean flow: difference {config.difference}; expected local noise from 0 to 1")
         if config.power < 0 or not 0 <= config.at_start <= 1:
             raise UserError(
-                f"mean flow: power {config.power}, at start {config.at_start}; expected at least 0, the latter at most 1"
+                f"mean flow: power {config.power}, at start {config.at_start}; expected at least 0, and a share"
             )
 
     def draws(self, key: jax.Array) -> dict[str, Any]:
@@ -68,7 +76,7 @@ class MeanFlowRecipe(RegressionRecipe):
         return (error + 1e-3) ** -self.config.power
 
     def targets(self, examples: dict[str, Any], student: Params, frozen: Params) -> dict[str, Any]:
-        """``v - (s - r) du/ds``."""
+        """``v - (s - r) du/ds``, or its finite form."""
         packed = self.scene(examples)
         asked = [NoisyClip(x.clips[-1], x.target, x.timestep, x.local) for x in packed.examples]
         known = self.teacher_velocity(frozen, examples, asked)
@@ -81,7 +89,14 @@ class MeanFlowRecipe(RegressionRecipe):
             return self.velocity(student, packed.at(clips))
 
         points = [clip.noisy for clip in asked], [clip.local for clip in asked]
-        _, slopes = jax.jvp(average, points, (known, [jnp.ones_like(clip.local) for clip in asked]))
         spans = [clip.local - interval_end(clip.local, n) for clip, n in zip(asked, self.column_steps, strict=True)]
+        if self.config.difference:
+            pieces = [jnp.minimum(self.config.difference, span) for span in spans]
+            nearer = [z - per_row(d, z) * v for z, v, d in zip(points[0], known, pieces, strict=True)]
+            rest = average(nearer, [s - d for s, d in zip(points[1], pieces, strict=True)])
+            shares = [per_row(d / span, v) for d, span, v in zip(pieces, spans, known, strict=True)]
+            goals = [share * v + (1 - share) * u for share, v, u in zip(shares, known, rest, strict=True)]
+            return {"input": points[0], "target": goals}
+        _, slopes = jax.jvp(average, points, (known, [jnp.ones_like(clip.local) for clip in asked]))
         goals = [v - per_row(span, v) * slope for v, slope, span in zip(known, slopes, spans, strict=True)]
         return {"input": points[0], "target": goals}

@@ -79,7 +79,7 @@ class ProgressiveRecipe(RegressionRecipe):
             resting = at_rest(state.ema[DENOISER], jnp.dtype(config.dtype))
             teacher = jax.tree.map(lambda new, old: jnp.where(begins, new, old), resting, state.frozen[DENOISER])
             state = state.replace(frozen={**state.frozen, DENOISER: teacher})
-        examples, told = self.examples(state, batch)
+        examples, told = self.prepare(state, batch)
         examples |= self.draws(state.step_key())
         factor = config.teacher_steps ** (config.rounds - 1 - now)
         local = [few_step_levels(examples["uniform"][:, g], n * factor) for g, n in enumerate(self.column_steps)]

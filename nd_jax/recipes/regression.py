@@ -49,5 +49,5 @@ class RegressionRecipe(FewStepRecipe):
         return state, {**metrics, **told, "optim": optim}
 
     def step(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict]:
-        examples, told = self.examples(state, batch)
+        examples, told = self.prepare(state, batch)
         return self.learn(state, examples | self.draws(state.step_key()), told)
