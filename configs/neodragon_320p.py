@@ -27,9 +27,19 @@ from nd_jax.pyramid.sampler import MONOLITHIC
 from nd_jax.recipes.decoder_distillation import DecoderRecipeConfig
 from nd_jax.recipes.dmd_config import DmdRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
-from nd_jax.recipes.preset import DecoderRun, DmdRun, FlowRun, Preset, RecoveryRun, TextDistillRun, VideoConfig
+from nd_jax.recipes.preset import (
+    DecoderRun,
+    DmdRun,
+    FlowRun,
+    Preset,
+    RecoveryRun,
+    TextDistillRun,
+    UpscalerRun,
+    VideoConfig,
+)
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_distillation import TextDistillConfig
+from nd_jax.recipes.upscaler import UpscalerRecipeConfig
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.optim import OptimConfig
 
@@ -130,5 +140,14 @@ PRESET = Preset(
             loop=LoopConfig(steps=60_000, save_every=1000, log_every=10),
         ),
         "student": student,
+        "upscaler": UpscalerRun(
+            recipe=UpscalerRecipeConfig(  # ours
+                batch=64,
+                optim=OptimConfig(
+                    learning_rate=1e-3, warmup_steps=200, decay_steps=50_000, final_fraction=0.01, weight_decay=0.0
+                ),
+            ),
+            loop=LoopConfig(steps=50_000, save_every=1000, log_every=50),
+        ),
     },
 )

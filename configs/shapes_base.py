@@ -25,11 +25,13 @@ from nd_jax.recipes.preset import (
     SamplingConfig,
     TextDistillRun,
     TextRun,
+    UpscalerRun,
     VideoConfig,
 )
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
 from nd_jax.recipes.text_distillation import TextDistillConfig
+from nd_jax.recipes.upscaler import UpscalerRecipeConfig
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.optim import OptimConfig
 
@@ -186,5 +188,17 @@ PRESET = Preset(
             loop=LoopConfig(steps=500, save_every=250, log_every=25),
         ),
         "student": student,
+        "upscaler": UpscalerRun(
+            recipe=UpscalerRecipeConfig(
+                size=64,
+                most=2.0,
+                absolute=0.0,
+                squared=1.0,
+                optim=OptimConfig(
+                    learning_rate=5e-4, warmup_steps=50, decay_steps=2000, final_fraction=0.01, weight_decay=0.0
+                ),
+            ),
+            loop=LoopConfig(steps=2000, save_every=1000, log_every=50),
+        ),
     },
 )

@@ -17,6 +17,7 @@ from nd_jax.commands.train_options import (
     RecoveryOptions,
     TextDistillOptions,
     TextOptions,
+    UpscalerOptions,
 )
 from nd_jax.errors import UserError
 from nd_jax.recipes.preset import (
@@ -28,6 +29,7 @@ from nd_jax.recipes.preset import (
     RecoveryRun,
     TextDistillRun,
     TextRun,
+    UpscalerRun,
     load_preset,
     preset_names,
 )
@@ -45,6 +47,7 @@ def train(preset: str, run: str, options: Options) -> int:
         FlowOptions: _train_flow,
         RecoveryOptions: _recover,
         DmdOptions: _distil_steps,
+        UpscalerOptions: _train_upscaler,
     }[type(options)]
     outcome, result = work(load_preset(preset), run, options)
     say(f"stopped at step {outcome.step} ({outcome.reason}), {outcome.seconds:.0f} s")
@@ -220,6 +223,20 @@ def _distil_steps(preset: Preset, run: str, options: DmdOptions) -> tuple[Any, P
     return outcome, _left(options.out, system, tokenizers)
 
 
+def _train_upscaler(preset: Preset, run: str, options: UpscalerOptions) -> tuple[Any, Path]:
+    from nd_jax.upscaler_workflow import RESULT, train_upscaler
+
+    outcome, figures = train_upscaler(
+        preset, run, options.settings, options.out, videos=options.videos, held_out=options.held_out
+    )
+    for name, found in (figures or {}).items():
+        say(
+            f"{name}: {found.network:.2f} dB, bilinear {found.bilinear:.2f}, bicubic {found.bicubic:.2f} "
+            f"({found.gain:+.2f} dB above the better one)"
+        )
+    return outcome, options.out / RESULT
+
+
 def resolve(arguments: Sequence[str]) -> tuple[Callable, Sequence[str], str, Callable[[Any], int]]:
     """What the words after ``nd-jax train`` stand for: options, remaining words, name of the command, and the work.
 
@@ -244,6 +261,7 @@ def resolve(arguments: Sequence[str]) -> tuple[Callable, Sequence[str], str, Cal
         FlowRun: FlowOptions,
         RecoveryRun: RecoveryOptions,
         DmdRun: DmdOptions,
+        UpscalerRun: UpscalerOptions,
     }
     options = kinds[type(settings)]
     return partial(options, settings=settings), arguments[2:], "nd-jax train " + " ".join(words), partial(train, *words)

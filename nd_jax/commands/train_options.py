@@ -8,7 +8,16 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from nd_jax.recipes.preset import CodecRun, DecoderRun, DmdRun, FlowRun, RecoveryRun, TextDistillRun, TextRun
+from nd_jax.recipes.preset import (
+    CodecRun,
+    DecoderRun,
+    DmdRun,
+    FlowRun,
+    RecoveryRun,
+    TextDistillRun,
+    TextRun,
+    UpscalerRun,
+)
 
 
 @dataclass(frozen=True)
@@ -133,4 +142,26 @@ class DmdOptions:
     """System to learn from, if it is not --start: with the same text encoders, and as many or more blocks."""
 
 
-Options = CodecOptions | DecoderOptions | TextOptions | TextDistillOptions | FlowOptions | RecoveryOptions | DmdOptions
+@dataclass(frozen=True)
+class UpscalerOptions:
+    """Train super-resolution on video files. Run the same command again to resume."""
+
+    out: Path
+    """Folder for checkpoints, metrics and the results: out/super_resolution and out/upscaler.json."""
+    settings: Annotated[UpscalerRun, arg(name="")]
+    videos: tuple[Path, ...]
+    """Video files to train on."""
+    held_out: tuple[Path, ...] = ()
+    """Video files that are never trained on, even if --videos names them, and are measured at the end."""
+
+
+Options = (
+    CodecOptions
+    | DecoderOptions
+    | TextOptions
+    | TextDistillOptions
+    | FlowOptions
+    | RecoveryOptions
+    | DmdOptions
+    | UpscalerOptions
+)
