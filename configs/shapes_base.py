@@ -195,7 +195,7 @@ PRESET = Preset(
                 absolute=0.0,
                 squared=1.0,
                 optim=OptimConfig(
-                    learning_rate=5e-4, warmup_steps=50, decay_steps=2000, final_fraction=0.01, weight_decay=0.0
+                    learning_rate=2e-4, warmup_steps=50, decay_steps=2000, final_fraction=0.01, weight_decay=0.0
                 ),
             ),
             loop=LoopConfig(steps=2000, save_every=1000, log_every=50),

@@ -226,8 +226,10 @@ class HybridPipeline:
         """Decode, enlarge, check and write, piece by piece."""
         finish, factor = to_uint8, 1
         if self.parts.has(UPSCALER):
-            factor = self.parts.config(UPSCALER).scaling_factor
-            finish = partial(_enlarged, self._program(UPSCALER, quicksrnet), self.parts.load(UPSCALER))
+            config = self.parts.config(UPSCALER)
+            network, factor = quicksrnet.definition(config, dtype=self.compute), config.scaling_factor
+            run = self._programs(UPSCALER, lambda: lambda params, x: quicksrnet.enlarge(network, params, x, config))
+            finish = partial(_enlarged, run, self.parts.load(UPSCALER))
         height, width = round(self.video.height * factor), round(self.video.width * factor)
         shown: list[np.ndarray] = []
         try:

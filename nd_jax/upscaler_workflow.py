@@ -17,7 +17,7 @@ from nd_jax.data.patches import PatchSource
 from nd_jax.data.pipeline import batches
 from nd_jax.errors import UserError
 from nd_jax.models.functional import Params
-from nd_jax.models.quicksrnet import QuickSRNetConfig, definition
+from nd_jax.models.quicksrnet import QuickSRNetConfig, definition, enlarge
 from nd_jax.outputs import new_file
 from nd_jax.recipes.feeds import Feed
 from nd_jax.recipes.preset import Preset, UpscalerRun, as_settings
@@ -70,7 +70,7 @@ def compare(config: QuickSRNetConfig, params: Params, frames: np.ndarray) -> Ups
     def enlarged(params: Params, image: jax.Array) -> dict[str, jax.Array]:
         small = reduced(image, scale)
         ways = {name: interpolated(small, scale, name) for name in ("bilinear", "bicubic")}
-        return ways | {"network": network(params, small)}
+        return ways | {"network": enlarge(network, params, small, config)}
 
     found: dict[str, list[float]] = {}
     for frame in frames:

@@ -172,6 +172,25 @@ def test_super_resolution_by_one_and_a_half():
             quicksrnet.QuickSRNetConfig(**bad)
 
 
+def test_super_resolution_sees_no_black_beyond_the_edge():
+    """On a grey picture any network is grey up to its edge, and inside nothing changes."""
+    config = quicksrnet.QuickSRNetConfig(6, 1)
+    network, params = quicksrnet.definition(config), random_params(quicksrnet.definition(config))
+    grey = np.full((1, 12, 10, 3), 0.5, np.float32)
+    made = np.asarray(quicksrnet.enlarge(network, params, grey, config))
+    assert made.shape == (1, 24, 20, 3)
+    np.testing.assert_allclose(made, np.tile(made[:, 10:12, 10:12], (1, 12, 10, 1)), atol=1e-6)
+    assert np.abs(np.asarray(network(params, grey)) - made).max() > 1e-3
+    image = np.random.default_rng(3).random((1, 12, 12, 3), np.float32)
+    inside = np.s_[:, 8:-8, 8:-8]
+    np.testing.assert_allclose(
+        quicksrnet.enlarge(network, params, image, config)[inside], network(params, image)[inside], atol=1e-6
+    )
+    odd = quicksrnet.QuickSRNetConfig(8, 0, 1.5, True)
+    half = quicksrnet.definition(odd)
+    assert quicksrnet.enlarge(half, random_params(half), image, odd).shape == (1, 18, 18, 3)
+
+
 def test_super_resolution_layers_are_in_numeric_order():
     """Eleven layers and more: "10" must not come before "2"."""
     config = quicksrnet.quicksrnet("large")

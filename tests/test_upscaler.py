@@ -137,9 +137,9 @@ def test_loss_is_the_weighted_sum_and_the_start_is_nearest():
     loss, terms = recipe.loss(recipe.init(jax.random.key(0)).params, {"image": image})
     pixels = image.astype(np.float32) / 255
     nearest = np.asarray(reduced(pixels, 2)).repeat(2, 1).repeat(2, 2)
-    assert terms["absolute"] == pytest.approx(np.abs(nearest - pixels).mean(), rel=1e-5)
-    assert terms["squared"] == pytest.approx(np.square(nearest - pixels).mean(), rel=1e-5)
-    assert loss == pytest.approx(2 * terms["absolute"] + 3 * terms["squared"], rel=1e-5)
+    assert float(terms["absolute"]) == pytest.approx(np.abs(nearest - pixels).mean(), rel=1e-5)
+    assert float(terms["squared"]) == pytest.approx(np.square(nearest - pixels).mean(), rel=1e-5)
+    assert float(loss) == pytest.approx(float(2 * terms["absolute"] + 3 * terms["squared"]), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from nd_jax.errors import UserError
 from nd_jax.models.functional import Params
-from nd_jax.models.quicksrnet import QuickSRNetConfig, definition, near_identity
+from nd_jax.models.quicksrnet import QuickSRNetConfig, definition, enlarge, near_identity
 from nd_jax.training.optim import OptimConfig, make_optimizer, value_and_grad
 from nd_jax.training.sharding import Rules
 from nd_jax.training.state import TrainState
@@ -98,7 +98,8 @@ class UpscalerRecipe:
     def loss(self, params: Params, examples: dict[str, UInt8[Array, "b h w 3"]]) -> tuple[Array, dict[str, Array]]:
         """Mean loss over pictures, and its terms."""
         image = examples["image"].astype(jnp.float32) / 255
-        made = self.upscaler(params, reduced(image, self.network.scaling_factor)).astype(jnp.float32)
+        small = reduced(image, self.network.scaling_factor)
+        made = enlarge(self.upscaler, params, small, self.network).astype(jnp.float32)
         terms = {"absolute": jnp.abs(made - image).mean(), "squared": jnp.square(made - image).mean()}
         return self.config.absolute * terms["absolute"] + self.config.squared * terms["squared"], terms
 
