@@ -157,7 +157,7 @@ def test_settings_that_make_no_sense(network, change, told):
 
 def test_the_command(tmp_path, videos, run, refused):
     out = tmp_path / "out"
-    options = ["--loop.steps", 2, "--recipe.size", 24, "--recipe.batch", 2, "--network.num-channels", 4]
+    options = ["--loop.steps", 2, "--recipe.size", 24, "--recipe.batch", 8, "--network.num-channels", 4]
     start = ["train", "shapes_base", "upscaler", "--out", out]
     code, printed, err = run(*start, "--videos", *videos, "--held-out", videos[1], *options)
     assert code == 0, err
