@@ -39,11 +39,13 @@ from nd_jax.recipes.preset import (
     ProgressiveRun,
     RecoveryRun,
     TextDistillRun,
+    UpscalerRun,
     VideoConfig,
 )
 from nd_jax.recipes.progressive import ProgressiveConfig
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_distillation import TextDistillConfig
+from nd_jax.recipes.upscaler import UpscalerRecipeConfig
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.optim import OptimConfig
 
@@ -152,5 +154,14 @@ PRESET = Preset(
         ),
         "mean_flow": MeanFlowRun(MeanFlowConfig(**few, difference=1 / 16), student.loop),
         "adversarial": AdversarialRun(AdversarialConfig(**few), student.loop),
+        "upscaler": UpscalerRun(
+            recipe=UpscalerRecipeConfig(  # ours
+                batch=64,
+                optim=OptimConfig(
+                    learning_rate=1e-3, warmup_steps=200, decay_steps=50_000, final_fraction=0.01, weight_decay=0.0
+                ),
+            ),
+            loop=LoopConfig(steps=50_000, save_every=1000, log_every=50),
+        ),
     },
 )

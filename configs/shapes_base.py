@@ -30,12 +30,14 @@ from nd_jax.recipes.preset import (
     SamplingConfig,
     TextDistillRun,
     TextRun,
+    UpscalerRun,
     VideoConfig,
 )
 from nd_jax.recipes.progressive import ProgressiveConfig
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
 from nd_jax.recipes.text_distillation import TextDistillConfig
+from nd_jax.recipes.upscaler import UpscalerRecipeConfig
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.optim import OptimConfig
 
@@ -202,5 +204,17 @@ PRESET = Preset(
         "progressive": progressive,
         "mean_flow": mean_flow,
         "adversarial": adversarial,
+        "upscaler": UpscalerRun(
+            recipe=UpscalerRecipeConfig(
+                size=64,
+                most=2.0,
+                absolute=0.0,
+                squared=1.0,
+                optim=OptimConfig(
+                    learning_rate=2e-4, warmup_steps=50, decay_steps=2000, final_fraction=0.01, weight_decay=0.0
+                ),
+            ),
+            loop=LoopConfig(steps=2000, save_every=1000, log_every=50),
+        ),
     },
 )

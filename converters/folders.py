@@ -21,8 +21,9 @@ from nd_jax.converters.safetensors_write import SHARD_SIZE
 from nd_jax.errors import UserError
 from nd_jax.outputs import new_folder
 
-# Component folder -> kind; None for networks that a later version will read.
-OFFICIAL: dict[str, str | None] = {
+# Component folder -> kind. The last two are not in the official release: super-resolution networks come with the AIMET
+# model zoo, safety checkers with Stable Diffusion.
+OFFICIAL: dict[str, str] = {
     "context_adapter": "context_adapter",
     "context_adapter_multistep_t2v": "context_adapter",
     "diffusion_transformer_320p": "mmdit",
@@ -31,10 +32,12 @@ OFFICIAL: dict[str, str | None] = {
     "text_encoder": "clip",
     "text_encoder_2": "clip",
     "text_encoder_3": "t5",
-    "ssd_1b_vae": None,
-    "ssd_1b_unet": None,
+    "ssd_1b_vae": "image_vae",
+    "ssd_1b_unet": "unet",
     "ssd_1b_text_encoder": "clip",
     "ssd_1b_text_encoder_2": "clip",
+    "super_resolution": "quicksrnet",
+    "safety_checker": "safety_checker",
 }
 MODES: dict[str, dict[str, str]] = {
     "hybrid": {"context_adapter": "context_adapter", "diffusion_transformer": "diffusion_transformer_320p"},
@@ -167,8 +170,6 @@ def load_folder(path: str | os.PathLike) -> Folder:
         name = folder.name
         if name in TOKENIZERS or (folder / "tokenizer_config.json").exists() or (folder / "spiece.model").exists():
             tokenizers[name] = folder
-        elif name in OFFICIAL and OFFICIAL[name] is None:
-            skipped[name] = str(read_json(folder / "config.json", what="config").get("_class_name"))
         elif name in OFFICIAL or (folder / "config.json").exists():
             where = str(folder / "config.json")
             try:
@@ -178,7 +179,7 @@ def load_folder(path: str | os.PathLike) -> Folder:
                     raise
                 skipped[name] = where
                 continue
-            if OFFICIAL.get(name) not in (None, kind):
+            if OFFICIAL.get(name, kind) != kind:
                 raise UserError(f"{folder} holds a {kind} network; expected {OFFICIAL[name]} under this name")
             components[name], kinds[name] = folder, kind
     if not components:

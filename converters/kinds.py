@@ -14,13 +14,14 @@ from nd_jax.converters import (
     names_image_vae,
     names_mmdit,
     names_quicksrnet,
+    names_safety_checker,
     names_t5,
     names_unet,
     names_video_vae,
 )
 from nd_jax.converters.tables import Table, native_table
 from nd_jax.errors import UserError
-from nd_jax.models import causal_vae, clip, context_adapter, image_vae, mmdit, quicksrnet, t5, unet
+from nd_jax.models import causal_vae, clip, context_adapter, image_vae, mmdit, quicksrnet, safety_checker, t5, unet
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # file names without ending
 _MOST_LAYERS = 1000  # a config is somebody else's: no loop over its numbers before they are bounded
@@ -145,6 +146,15 @@ KINDS: dict[str, Kind] = {
             _ignoring_names(quicksrnet.QuickSRNetConfig.from_dict),
             quicksrnet.definition,
             names_quicksrnet,
+        ),
+        Kind(
+            "safety_checker",
+            ("StableDiffusionSafetyChecker",),
+            TRANSFORMERS,
+            (safety_checker.SafetyCheckerConfig,),
+            _ignoring_names(safety_checker.SafetyCheckerConfig.from_dict),
+            safety_checker.definition,
+            names_safety_checker,
         ),
     )
 }

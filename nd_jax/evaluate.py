@@ -29,6 +29,7 @@ from nd_jax.models.system import DENOISER
 from nd_jax.pixels import from_uint8, to_uint8
 from nd_jax.protocol.statistics import estimate, mean
 from nd_jax.system import VideoSystem
+from nd_jax.teacher_frames import teacher_frames
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,12 @@ def evaluate_system(
     seed: int = 0,
     batch: int = 16,
     generator: Generator | None = None,
+    teacher: VideoSystem | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Judged:
     """Generate from the first ``count`` prompts of a split and judge the videos.
 
+    With a ``teacher`` the system continues that one's first frames (hybrid generation); their time counts.
     Raises UserError, before anything is generated, for a system whose videos are not of the world's size.
     """
     size = system.video if generator is None else generator
@@ -94,8 +97,12 @@ def evaluate_system(
             f"{world.height}x{world.width} only"
         )
     captions, labels = world_prompts(world, split, count, seed=seed + 1, plain=plain)
-    began = time.monotonic()
-    videos = generate(system, captions, seed=seed, batch=batch, generator=generator, progress=progress)
+    began, first = time.monotonic(), None
+    if teacher is not None:
+        first = teacher_frames(teacher, captions, height=size.height, width=size.width, seed=seed, batch=batch)
+    videos = generate(
+        system, captions, seed=seed, batch=batch, generator=generator, first_frames=first, progress=progress
+    )
     seconds = (time.monotonic() - began) / count
     scores, interval = judge_videos(videos, labels, world)
     return Judged(videos, scores, interval, seconds, count_parameters(system.params[DENOISER]))

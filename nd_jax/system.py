@@ -70,10 +70,12 @@ class VideoSystem:
     """Whose folder names the denoiser has: "monolithic", or "hybrid", which continues a given first frame."""
     kept_blocks: tuple[int, ...] | None = None
     """Of a pruned denoiser: which blocks of the original one it has."""
+    compute: Any = jnp.float32
+    """What the networks compute in, whatever their parameters are kept in."""
 
     @cached_property
     def definitions(self) -> dict[str, Definition]:
-        return self.config.definitions()
+        return self.config.definitions(self.compute)
 
     @cached_property
     def on_device(self) -> dict[str, Params]:
@@ -157,7 +159,8 @@ LIMITS = {
 """Largest values that a folder may ask for: it is somebody else's."""
 
 
-def _defaults(folder: Folder, mode: str) -> tuple[VideoConfig, SamplePlan, Schedule]:
+def folder_defaults(folder: Folder, mode: str) -> tuple[VideoConfig, SamplePlan, Schedule]:
+    """Size, length, sampling and schedule that a folder's videos are meant for. Raises UserError."""
     path = folder.path / DEFAULTS
     if not path.exists():
         return VideoConfig(), HYBRID if mode == "hybrid" else MONOLITHIC, Schedule()
@@ -212,7 +215,7 @@ def load_system(path: str | Path, *, mode: str | None = None, dtype: str | None 
         configs[name], params[name] = folder.load(component, dtype=dtype)
     mode = "hybrid" if roles[DENOISER] == MODES["hybrid"][DENOISER] else "monolithic"
     system = SystemConfig(**configs)
-    video, sampling, schedule = _defaults(folder, mode)
+    video, sampling, schedule = folder_defaults(folder, mode)
     towers = [tower.max_position_embeddings for tower in (system.text_encoder, system.text_encoder_2) if tower]
     video = dataclasses.replace(video, clip_length=min([video.clip_length, *towers]))
     tokenizers = text_tokenizers(folder.tokenizers, video)

@@ -79,6 +79,7 @@ def test_guidance_embedding_is_one_more_tensor():
         ({"addition_embed_type": None}, "addition_embed_type"),
         ({"down_block_types": ["AttnDownBlock2D"] * 3}, "AttnDownBlock2D"),
         ({"transformer_layers_per_block": [1, [1, 2, 3], [2, 1]]}, r"\[1, 2, 3\]"),
+        ({"transformer_layers_per_block": [1, [1, 10**9], [2, 1]]}, "1000 transformer blocks"),
         ({"reverse_transformer_layers_per_block": None}, "reverse_transformer_layers_per_block"),
         ({"attention_head_dim": [1, 2, 5]}, "number of heads"),
         ({"norm_num_groups": 5}, "norm_num_groups"),
@@ -142,11 +143,16 @@ def test_super_resolution_starts_as_nearest_upsampling(size):
     config = quicksrnet.quicksrnet(size)
     network = quicksrnet.definition(config)
     image = np.random.default_rng(1).random((1, 6, 8, 3), np.float32)
-    quiet = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network.abstract())
-    made = network(quicksrnet.near_identity(config, quiet), image)
-    np.testing.assert_array_equal(made, image.repeat(2, 1).repeat(2, 2))
-    fresh = network(quicksrnet.near_identity(config, network.init(jax.random.key(0))), image)
-    assert fresh.shape == made.shape
+    params = quicksrnet.near_identity(config, random_params(network))
+    np.testing.assert_allclose(network(params, image), image.repeat(2, 1).repeat(2, 2), atol=1e-6)
+    grey = np.full((1, 16, 16, 3), 0.5, np.float32)
+    features = np.clip(_conv(grey, params["cnn"]["0"]), 0, 1)[0, 8, 8]
+    np.testing.assert_allclose(features, 0.5, atol=1e-5)
+    last = params["anchor"]["net"] if config.use_ito_connection else params["conv_last"]
+    assert np.count_nonzero(last["kernel"]) == 12
+    assert all(
+        np.count_nonzero(layer["kernel"][..., 3:]) > 27 for layer in params["cnn"].values()
+    )  # the rest is random
 
 
 def test_super_resolution_by_one_and_a_half():
@@ -156,15 +162,33 @@ def test_super_resolution_by_one_and_a_half():
     assert network(params, np.zeros((1, 6, 8, 3), np.float32)).shape == (1, 9, 12, 3)
     with pytest.raises(UserError, match="even sides"):
         network(params, np.zeros((1, 5, 8, 3), np.float32))
-    quiet = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network.abstract())
     ramp = np.broadcast_to(np.linspace(0, 1, 8, dtype=np.float32)[None, None, :, None], (1, 6, 8, 3))
-    made = np.asarray(network(quicksrnet.near_identity(config, quiet), ramp))
+    made = np.asarray(network(quicksrnet.near_identity(config, params), ramp))
     np.testing.assert_allclose(made[0, 0, ::3, 0], ramp[0, 0, ::2, 0], atol=1e-6)
     with pytest.raises(UserError, match="use_ito_connection"):
-        quicksrnet.near_identity(quicksrnet.QuickSRNetConfig(8, 2, 1.5, False), quiet)
+        quicksrnet.near_identity(quicksrnet.QuickSRNetConfig(8, 2, 1.5, False), params)
     for bad in ({"scaling_factor": 5}, {"num_channels": 2}):
         with pytest.raises(UserError):
             quicksrnet.QuickSRNetConfig(**bad)
+
+
+def test_super_resolution_sees_no_black_beyond_the_edge():
+    """On a grey picture any network is grey up to its edge, and inside nothing changes."""
+    config = quicksrnet.QuickSRNetConfig(6, 1)
+    network, params = quicksrnet.definition(config), random_params(quicksrnet.definition(config))
+    grey = np.full((1, 12, 10, 3), 0.5, np.float32)
+    made = np.asarray(quicksrnet.enlarge(network, params, grey, config))
+    assert made.shape == (1, 24, 20, 3)
+    np.testing.assert_allclose(made, np.tile(made[:, 10:12, 10:12], (1, 12, 10, 1)), atol=1e-6)
+    assert np.abs(np.asarray(network(params, grey)) - made).max() > 1e-3
+    image = np.random.default_rng(3).random((1, 12, 12, 3), np.float32)
+    inside = np.s_[:, 8:-8, 8:-8]
+    np.testing.assert_allclose(
+        quicksrnet.enlarge(network, params, image, config)[inside], network(params, image)[inside], atol=1e-6
+    )
+    odd = quicksrnet.QuickSRNetConfig(8, 0, 1.5, True)
+    half = quicksrnet.definition(odd)
+    assert quicksrnet.enlarge(half, random_params(half), image, odd).shape == (1, 18, 18, 3)
 
 
 def test_super_resolution_layers_are_in_numeric_order():

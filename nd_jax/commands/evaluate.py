@@ -28,6 +28,7 @@ def evaluate(
     plain: bool = False,
     seed: int = 0,
     batch: int = 16,
+    first_frames: Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Generate from prompts of the shapes world, judge, and write report.html and summary.json.
@@ -47,6 +48,8 @@ def evaluate(
         plain: word all prompts alike, for systems that were trained on plain captions only.
         seed: of prompts and noise; without --protocol only.
         batch: prompts at a time.
+        first_frames: system whose own first frames every checkpoint continues as well, on a line of its own (hybrid
+            generation); without --protocol only.
         overwrite: replace an existing report.
     """
     check_at_least(1, batch=batch, **({} if prompts is None else {"prompts": prompts}))
@@ -58,6 +61,8 @@ def evaluate(
             raise UserError(
                 "evaluate: a protocol has its own seeds and splits; use --splits, without --seed and --split"
             )
+        if first_frames is not None:
+            raise UserError("evaluate: --first-frames is for evaluation without a protocol")
         from nd_jax.protocol.definition import PROTOCOLS
 
         changes = {} if prompts is None else {"name": f"{protocol}, {prompts} prompts", "prompts": prompts}
@@ -73,12 +78,23 @@ def evaluate(
     from nd_jax.system import load_system
 
     world, judged, count = world_named("64x64"), {}, PROMPTS if prompts is None else prompts
+    teacher = None if first_frames is None else load_system(first_frames)
     for path in checkpoint:
         system = load_system(path)
-        with progress_bar(str(path), count) as progress:
-            judged[str(path)] = evaluate_system(
-                system, world, split=split, plain=plain, count=count, seed=seed, batch=batch, progress=progress
-            )
+        for each in (None, teacher) if teacher is not None else (None,):
+            name = str(path) if each is None else f"{path}, first frame by {first_frames}"
+            with progress_bar(name, count) as progress:
+                judged[name] = evaluate_system(
+                    system,
+                    world,
+                    split=split,
+                    plain=plain,
+                    count=count,
+                    seed=seed,
+                    batch=batch,
+                    teacher=each,
+                    progress=progress,
+                )
     print(write_evaluation(out, world, split, seed, judged, plain=plain))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from nd_jax.commands.console import check_at_least, progress_bar, warn
 from nd_jax.errors import UserError
 from nd_jax.outputs import check_new_file
+from nd_jax.prompt_suffix import with_suffix
 from nd_jax.weights import SHIPPED
 
 Mode = Literal["monolithic", "hybrid"]
@@ -27,6 +28,7 @@ def generate(
     seed: int = 0,
     mode: Mode | None = None,
     image: Path | None = None,
+    first_frames: Path | None = None,
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
@@ -38,9 +40,19 @@ def generate(
     grid: Literal["official", "plain"] | None = None,
     renew: Literal["yes", "no"] | None = None,
     batch: int = 8,
+    suffix: str = "",
+    super_resolution: Path | None = None,
+    safety_checker: Path | None = None,
+    safety_check: bool = True,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    dtypes: tuple[str, ...] = (),
+    compute: Literal["float32", "bfloat16"] = "float32",
     overwrite: bool = False,
 ) -> None:
     """Videos from prompts, with any official-layout checkpoint folder. Writes mp4 files and a contact sheet.
+
+    With --mode hybrid and no --image the folder's own first-frame networks (ssd_1b_*) make the first frame, and one
+    network at a time is in memory; the options from --super-resolution to --compute are for that.
 
     Args:
         checkpoint: official-layout folder, or shapes_base, the small system that comes with the package.
@@ -49,7 +61,8 @@ def generate(
         prompts: text file with one prompt per line, instead.
         seed: of the noise; a prompt's place in the list and the seed fix its video.
         mode: which denoiser, where the folder has both.
-        image: first frame (hybrid generation); any size or mode.
+        image: first frame (hybrid generation) instead of one that is made; any size or mode.
+        first_frames: system whose own first frames are continued, such as a student's many-step teacher.
         negative_prompt: what guidance steers away from.
         height: pixels; default: what the folder is meant for.
         width: pixels.
@@ -61,13 +74,44 @@ def generate(
         grid: step grid, "official" or "plain" (even).
         renew: whether every step ends with fresh noise on the clean prediction, for few-step students.
         batch: prompts at a time.
+        suffix: appended to every prompt: any text, or one of the release's by name: quality, cinematic.
+        super_resolution: component folder of a QuickSRNet; default: super_resolution in the folder, if it is there.
+        safety_checker: component folder of a safety checker; default: safety_checker in the folder, if it is there.
+        safety_check: look at the pictures where there is a safety checker, and write no video that it objects to.
+        dtype: dtype of parameters in memory; default: as stored.
+        dtypes: the same for single networks, such as ssd_1b_unet=bf16.
+        compute: what networks compute in.
         overwrite: replace existing files.
     """
     check_at_least(0, seed=seed)
     check_at_least(1, batch=batch)
-    lines = read_prompts(prompt, prompts)
-    if mode == "hybrid" and image is None:
-        raise UserError("generate: hybrid generation starts from a given first frame; expected --image FILE")
+    lines = with_suffix(read_prompts(prompt, prompts), suffix)
+    if image is not None and first_frames is not None:
+        raise UserError("generate: expected either --image or --first-frames, found both")
+    if mode == "hybrid" and image is None and first_frames is None:
+        from nd_jax.commands.hybrid import generate_hybrid
+
+        changes = {"height": height, "width": width, "frames": frames}
+        plan = {"steps": steps, "first_steps": first_steps, "grid": grid}
+        guided = {"guidance": guidance, "first_guidance": first_guidance}
+        if named := [name for name, value in guided.items() if value not in (None, 0.0, 1.0)]:
+            raise UserError(f"generate: hybrid generation has no guidance; leave --{named[0].replace('_', '-')} out")
+        generate_hybrid(
+            checkpoint,
+            out,
+            lines,
+            seed=seed,
+            video=changes,
+            plan=plan,
+            super_resolution=super_resolution,
+            safety_checker=safety_checker,
+            safety_check=safety_check,
+            dtype=dtype,
+            dtypes=dtypes,
+            compute=compute,
+            overwrite=overwrite,
+        )
+        return
     from nd_jax.data.clips import read_image
     from nd_jax.data.video_out import contact_sheet, file_name, write_video
     from nd_jax.generate import Generator, generate_batches
@@ -80,7 +124,7 @@ def generate(
     if image is not None and not image.is_file():
         raise UserError(f"image: {image} does not exist or is not a file")
     system = load_system(checkpoint, mode=mode)
-    if system.mode == "hybrid" and image is None:
+    if system.mode == "hybrid" and image is None and first_frames is None:
         warn(f"{checkpoint} is made to continue a given first frame; expect more with --image FILE")
     video = system.video
     generator = Generator(
@@ -95,6 +139,18 @@ def generate(
     first = None
     if image is not None:
         first = np.repeat(read_image(image, size=(generator.height, generator.width))[None], len(lines), axis=0)
+    if first_frames is not None:
+        from nd_jax.teacher_frames import teacher_frames
+
+        first = teacher_frames(
+            load_system(first_frames),
+            lines,
+            height=generator.height,
+            width=generator.width,
+            seed=seed,
+            batch=batch,
+            negative_prompt=negative_prompt,
+        )
     strips = []
     with progress_bar("videos", len(lines)) as progress:
         for made in generate_batches(

@@ -20,6 +20,7 @@ from nd_jax.commands.train_options import (
     RecoveryOptions,
     TextDistillOptions,
     TextOptions,
+    UpscalerOptions,
 )
 from nd_jax.errors import UserError
 from nd_jax.recipes.preset import (
@@ -34,6 +35,7 @@ from nd_jax.recipes.preset import (
     RecoveryRun,
     TextDistillRun,
     TextRun,
+    UpscalerRun,
     load_preset,
     preset_names,
 )
@@ -54,6 +56,7 @@ def train(preset: str, run: str, options: Options) -> int:
         ProgressiveOptions: _distil_steps,
         MeanFlowOptions: _distil_steps,
         AdversarialOptions: _distil_steps,
+        UpscalerOptions: _train_upscaler,
     }[type(options)]
     from nd_jax.training.cluster import is_leader, join_cluster
 
@@ -236,6 +239,20 @@ def _distil_steps(preset: Preset, run: str, options: DmdOptions) -> tuple[Any, P
     return outcome, _left(options.out, system, tokenizers)
 
 
+def _train_upscaler(preset: Preset, run: str, options: UpscalerOptions) -> tuple[Any, Path]:
+    from nd_jax.upscaler_workflow import RESULT, train_upscaler
+
+    outcome, figures = train_upscaler(
+        preset, run, options.settings, options.out, videos=options.videos, held_out=options.held_out
+    )
+    for name, found in (figures or {}).items():
+        say(
+            f"{name}: {found.network:.2f} dB, bilinear {found.bilinear:.2f}, bicubic {found.bicubic:.2f} "
+            f"({found.gain:+.2f} dB above the better one)"
+        )
+    return outcome, options.out / RESULT
+
+
 def resolve(arguments: Sequence[str]) -> tuple[Callable, Sequence[str], str, Callable[[Any], int]]:
     """What the words after ``nd-jax train`` stand for: options, remaining words, name of the command, and the work.
 
@@ -263,6 +280,7 @@ def resolve(arguments: Sequence[str]) -> tuple[Callable, Sequence[str], str, Cal
         ProgressiveRun: ProgressiveOptions,
         MeanFlowRun: MeanFlowOptions,
         AdversarialRun: AdversarialOptions,
+        UpscalerRun: UpscalerOptions,
     }
     options = kinds[type(settings)]
     return partial(options, settings=settings), arguments[2:], "nd-jax train " + " ".join(words), partial(train, *words)

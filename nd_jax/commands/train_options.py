@@ -19,6 +19,7 @@ from nd_jax.recipes.preset import (
     RecoveryRun,
     TextDistillRun,
     TextRun,
+    UpscalerRun,
 )
 
 
@@ -170,4 +171,26 @@ class AdversarialOptions(DmdOptions):
     settings: Annotated[AdversarialRun, arg(name="")]
 
 
-Options = CodecOptions | DecoderOptions | TextOptions | TextDistillOptions | FlowOptions | RecoveryOptions | DmdOptions
+@dataclass(frozen=True)
+class UpscalerOptions:
+    """Train super-resolution on video files. Run the same command again to resume."""
+
+    out: Path
+    """Folder for checkpoints, metrics and the results: out/super_resolution and out/upscaler.json."""
+    settings: Annotated[UpscalerRun, arg(name="")]
+    videos: tuple[Path, ...]
+    """Video files to train on."""
+    held_out: tuple[Path, ...] = ()
+    """Video files that are never trained on, even if --videos names them, and are measured at the end."""
+
+
+Options = (
+    CodecOptions
+    | DecoderOptions
+    | TextOptions
+    | TextDistillOptions
+    | FlowOptions
+    | RecoveryOptions
+    | DmdOptions
+    | UpscalerOptions
+)

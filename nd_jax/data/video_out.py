@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -44,26 +45,43 @@ def write_video(
     if enlarge > 1:
         pixels = pixels.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
-    encoder = next((name for name in ENCODERS if name in av.codecs_available), None)
-    if encoder is None:
-        raise UserError(f"video: PyAV has none of the encoders {', '.join(ENCODERS)}: reinstall the av package")
-    with new_file(path, overwrite=overwrite) as temporary:
-        _encode(temporary, pixels, fps, encoder)
+    with open_video(path, *pixels.shape[1:3], fps=fps, overwrite=overwrite) as add:
+        add(pixels)
     return path
 
 
-def _encode(path: Path, pixels: UInt8[np.ndarray, "t h w 3"], fps: float, encoder: str) -> None:
+@contextmanager
+def open_video(
+    path: str | Path, height: int, width: int, *, fps: float = 24, overwrite: bool = False
+) -> Iterator[Callable[[UInt8[np.ndarray, "t h w 3"]], None]]:
+    """A file that takes frames as they come: yields the function that appends some, [T, H, W, 3] with even sides.
+
+    The same encoding as ``write_video``'s. The file appears under its name when the block ends, or not at all. Raises
+    UserError for an existing file without ``overwrite``.
+    """
+    encoder = next((name for name in ENCODERS if name in av.codecs_available), None)
+    if encoder is None:
+        raise UserError(f"video: PyAV has none of the encoders {', '.join(ENCODERS)}: reinstall the av package")
     options = {"crf": "16", "preset": "medium", "threads": "1"} if encoder == "libx264" else {"b": "4000000"}
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with (
+        new_file(path, overwrite=overwrite) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
         stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # say BT.709 and mean it: without the tags a player guesses the matrix from the frame size and shifts colours
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
-        for pixel_frame in pixels:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixel_frame), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", src_color_range=2, dst_color_range=1)
-            container.mux(stream.encode(frame))
+
+        def add(pixels: UInt8[np.ndarray, "t h w 3"]) -> None:
+            if pixels.shape[1:] != (height, width, 3):
+                raise UserError(f"video: frames of {pixels.shape[1:]} for a file of {height}x{width}")
+            for pixel_frame in pixels:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixel_frame), format="rgb24")
+                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", src_color_range=2, dst_color_range=1)
+                container.mux(stream.encode(frame))
+
+        yield add
         container.mux(stream.encode())
 
 

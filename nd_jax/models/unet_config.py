@@ -12,6 +12,8 @@ PLAIN_DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
 PLAIN_UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
 PLAIN_MIDDLE, CROSS_MIDDLE = "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"
 
+MOST_DEPTH = 1000  # a config is somebody else's
+
 Depths = int | tuple[int, ...]
 """Transformer blocks of every attention layer of a level: one number for all of them, or one each."""
 
@@ -138,6 +140,9 @@ class UNetConfig:
             given = listed[level]
         if kind in (PLAIN_DOWN, PLAIN_UP):
             return ()
+        deepest = given if isinstance(given, int) else max(given, default=0)
+        if not 1 <= deepest <= MOST_DEPTH:
+            raise UserError(f"config key {key!r} has {deepest}; expected 1 to {MOST_DEPTH} transformer blocks")
         if isinstance(given, int):
             return (given,) * count
         if len(given) != count:

@@ -11,6 +11,7 @@ from typing import Any
 
 from nd_jax.errors import UserError
 from nd_jax.models.context_adapter import ContextAdapterConfig
+from nd_jax.models.quicksrnet import QuickSRNetConfig
 from nd_jax.models.system import SystemConfig
 from nd_jax.models.t5 import T5Config
 from nd_jax.pyramid.sampler import SamplePlan
@@ -25,6 +26,7 @@ from nd_jax.recipes.progressive import ProgressiveConfig
 from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.recipes.text_attributes import TextRecipeConfig
 from nd_jax.recipes.text_distillation import TextDistillConfig
+from nd_jax.recipes.upscaler import UpscalerRecipeConfig
 from nd_jax.training.loop import LoopConfig
 
 
@@ -133,10 +135,19 @@ class AdversarialRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
+@dataclass(frozen=True)
+class UpscalerRun:
+    """A super-resolution run: network, recipe and loop."""
+
+    network: QuickSRNetConfig = field(default_factory=QuickSRNetConfig)
+    recipe: UpscalerRecipeConfig = field(default_factory=UpscalerRecipeConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
 StepRun = DmdRun | ProgressiveRun | MeanFlowRun | AdversarialRun
 """Runs that distil steps."""
 
-Run = CodecRun | DecoderRun | TextRun | TextDistillRun | FlowRun | RecoveryRun | StepRun
+Run = CodecRun | DecoderRun | TextRun | TextDistillRun | FlowRun | RecoveryRun | StepRun | UpscalerRun
 
 
 @dataclass(frozen=True)
