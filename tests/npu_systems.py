@@ -46,8 +46,8 @@ def random_system(config: SystemConfig = STUDENT, seed: int = 0):
     return {name: tiny_system.random_params(each, seed + i) for i, (name, each) in enumerate(networks)}
 
 
-def student_system(tokenizers, plan=None):
-    """The student as a system in memory, 64 x 64 pixels and 17 frames, with the tiny tokenizers."""
+def student_system(tokenizers, plan=None, frames=17):
+    """The student as a system in memory, 64 x 64 pixels, with the tiny tokenizers."""
     from nd_jax.data.tokenizers import TextTokenizer
     from nd_jax.system import TOKENIZERS, VideoSystem
 
@@ -55,5 +55,5 @@ def student_system(tokenizers, plan=None):
         name: TextTokenizer.from_folder(tokenizers / folder, max_length=tiny_system.TEXT_LENGTH)
         for name, folder in TOKENIZERS.items()
     }
-    video = dataclasses.replace(tiny_system.VIDEO, frames=17)
+    video = dataclasses.replace(tiny_system.VIDEO, frames=frames)
     return VideoSystem(STUDENT, random_system(), loaded, video, plan or tiny_system.PLAN, folder=tokenizers)

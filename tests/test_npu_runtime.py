@@ -81,8 +81,13 @@ def test_ids_are_those_of_the_library(system, pipeline):
             assert (ids.tolist(), mask.tolist()) == (expected.ids[row].tolist(), expected.mask[row].tolist()), line
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["from text", "first frame"])
-@pytest.mark.parametrize("name", PLANS)
+QUICK = {("one step", False), ("many steps, guided", True)}
+RUNS = [(name, given) for name in PLANS for given in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [pytest.param(*run, marks=[] if run in QUICK else [pytest.mark.heavy]) for run in RUNS]
+)
 def test_latents_are_those_of_jax(system, pipeline, generator, name, given):
     plan = PLANS[name]
     expected, noise = generator.noise(7, ["video"]), pipeline.noise(7, "video")
