@@ -46,6 +46,7 @@ def plan(
     """
     from nd_jax.outputs import check_new_file, new_file
     from nd_jax.planning.chips import parse_topology
+    from nd_jax.planning.compiled import check_libtpu
     from nd_jax.planning.plan import GENERATE, Settings, largest_batch, plan_run
     from nd_jax.planning.programs import plannable
     from nd_jax.planning.splits import parse_split
@@ -66,6 +67,7 @@ def plan(
         check_checkpoint(checkpoint, preset)
     if json_file is not None:
         check_new_file(json_file, overwrite=overwrite)
+    check_libtpu()
     settings = Settings(
         batch=count,
         mesh=None if mesh is None else parse_split(mesh),

@@ -39,14 +39,8 @@ class DoesNotFit(UserError):
         )
 
 
-def topology_devices(topology: Topology) -> list[Any]:
-    """The slice's devices, for ``make_mesh``. Raises UserError without libtpu, saying which extra to install."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    for name, value in (
-        ("TPU_ACCELERATOR_TYPE", f"{topology.chip.name}-{topology.chips}"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-    ):
-        os.environ.setdefault(name, value)
+def check_libtpu() -> None:
+    """Raises UserError without libtpu, saying which extra to install."""
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -54,6 +48,17 @@ def topology_devices(topology: Topology) -> list[Any]:
             "plan compiles with libtpu, which is not installed; install nd-jax with the extra tpu: "
             "pip install 'nd-jax[tpu]'"
         ) from None
+
+
+def topology_devices(topology: Topology) -> list[Any]:
+    """The slice's devices, for ``make_mesh``. Raises UserError without libtpu."""
+    check_libtpu()
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for name, value in (
+        ("TPU_ACCELERATOR_TYPE", f"{topology.chip.name}-{topology.chips}"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+    ):
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     with quiet():

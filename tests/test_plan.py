@@ -1,0 +1,279 @@
+"""nd-jax plan: what it counts, how it searches, what it refuses; and one real compilation for every generation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_system
+
+from nd_jax.commands.plan import cells, line
+from nd_jax.errors import UserError
+from nd_jax.models import clip, context_adapter, mmdit, t5
+from nd_jax.planning import plan as planning
+from nd_jax.planning.chips import parse_topology
+from nd_jax.planning.compiled import DoesNotFit, read_program, topology_devices
+from nd_jax.planning.demand import Demand, demand
+from nd_jax.planning.plan import Settings, changed, largest_batch, plan_run
+from nd_jax.planning.programs import Systems, plannable, recipe_program, text_teacher
+from nd_jax.planning.splits import parse_split, usual_split
+from nd_jax.planning.traced import traced_flops
+from nd_jax.planning.useful import (
+    adapter_flops,
+    clip_flops,
+    denoiser_flops,
+    padded_tokens,
+    real_tokens,
+    t5_flops,
+)
+from nd_jax.pyramid.layout import Envelope, LayoutArrays
+from nd_jax.recipes.preset import load_preset
+from nd_jax.training.mesh import MeshConfig, make_mesh
+
+CONFIG = tiny_system.CONFIG
+ALONE = make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+# ---- formulas
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_denoisers_formula_is_what_it_multiplies(stage):
+    network = dataclasses.replace(CONFIG.diffusion_transformer, context_embedder=True)
+    envelope, rows = Envelope(stage, 3, 12, 8, 16, patch_size=1), 2
+    clips = [array(rows, *clip, network.in_channels) for clip in envelope.clips]
+    layout = LayoutArrays(array(rows, envelope.length, dtype=jnp.int32), array(rows, envelope.length, dtype=jnp.int32))
+    inputs = array(rows, 12, network.joint_attention_dim), array(rows, network.pooled_projection_dim), array(rows)
+    definition = mmdit.definition(network)
+    found = traced_flops(
+        lambda params, clips, *rest: definition(params, [clips], *rest[:-1], [rest[-1]]),
+        *(definition.abstract(), clips, *inputs, layout),
+    )
+    assert found == denoiser_flops(network, padded_tokens(envelope).times(rows), rows)
+
+
+def test_the_encoders_formulas_are_what_they_multiply():
+    ids = array(3, 12, dtype=jnp.int32)
+    for module, config, expected in (
+        (t5, CONFIG.text_encoder_3, t5_flops(CONFIG.text_encoder_3, 3, 12)),
+        (clip, CONFIG.text_encoder, clip_flops(CONFIG.text_encoder, 3, 12)),
+    ):
+        definition = module.definition(config)
+        assert traced_flops(definition, definition.abstract(), ids) == expected
+    adapter = CONFIG.context_adapter
+    definition = context_adapter.definition(adapter)
+    found = traced_flops(definition, definition.abstract(), array(3, 12, adapter.input_dims))
+    assert found == adapter_flops(adapter, 36)
+
+
+def test_real_tokens_by_hand():
+    """Stage 0 of 2 x 4 latents, up to two units of history, patches of 1: a unit is 2 x 4 / 16 = one half... at 4 x 8
+    latents it is 1 x 2 = 2 tokens; three text tokens, two of them real."""
+    envelope = Envelope(0, 2, 3, 4, 8, patch_size=1)
+    assert padded_tokens(envelope).image == 6
+    for unit, image, pairs in (
+        (0, 2, 4 * 4),  # text and frame 0 see each other
+        (1, 4, 4 * 4 + 2 * 6),
+        (2, 6, 4 * 4 + 2 * 6 + 2 * 8),
+    ):
+        tokens = real_tokens(envelope, 2, [unit])
+        assert (tokens.image, tokens.text, tokens.current, tokens.pairs) == (image, 2, 2, pairs)
+    mean = real_tokens(envelope, 2)
+    assert (mean.image, mean.last_pairs) == (4, (2 * 4 + 2 * 6 + 2 * 8) / 3)
+
+
+# ---- the preset
+
+
+def flow(name: str = "teacher", **changes):
+    preset = changed(load_preset("neodragon_320p"), name, Settings(changes=tuple(changes.items())))
+    return preset, recipe_program(preset, name, ALONE).recipe
+
+
+def test_padding_of_the_full_size_layouts():
+    """Drawn units leave a fifth of the image tokens empty; exact layouts none."""
+    preset, drawn = flow()
+    needed = demand(preset, Systems.of(preset), drawn, 96)
+    assert needed.image_share == pytest.approx((160 + 2 * 2680 / 7 + 1360) / (280 + 2 * 520 + 1600))
+    assert needed.text_share == 0.75
+    preset, exact = flow(every_unit=True, batch=280)
+    needed = demand(preset, Systems.of(preset), exact)
+    assert (needed.image_share, needed.text_share) == (1.0, 1.0)
+    assert needed.flops_share >= 0.9, "only keys that the mask hides are lost"
+    assert needed.videos == 280
+
+
+def test_every_run_of_the_preset_is_planned():
+    preset = load_preset("neodragon_320p")
+    assert set(plannable(preset)) == set(preset.runs)
+    assert text_teacher(preset).text_encoder_3.d_model == 4096
+    with pytest.raises(UserError, match="run 'codec' of shapes_tiny is not planned"):
+        recipe_program(load_preset("shapes_tiny"), "codec", ALONE)
+
+
+def test_distillation_needs_more_than_training():
+    preset, recipe = flow()
+    systems = Systems.of(preset)
+    training = demand(preset, systems, recipe).flops / 256
+    _, student = flow("student")
+    distillation = demand(preset, systems, student).flops / student.config.batch
+    # Two updates of the fake of four passes each, then four of the student's and two of the larger teacher, by three.
+    assert 3.5 < distillation / training < 4.5
+
+
+# ---- dividing a slice
+
+
+@pytest.mark.parametrize(
+    ("chips", "rows", "heads", "expected"),
+    [
+        (16, 64, 24, MeshConfig(fsdp=16)),
+        (128, 64, 24, MeshConfig(fsdp=64, context=2)),
+        (128, 16, 24, MeshConfig(fsdp=16, context=8)),
+        (256, 1024, None, MeshConfig(fsdp=256)),
+    ],
+)
+def test_the_batch_comes_first_and_tokens_take_what_is_left(chips, rows, heads, expected):
+    assert usual_split(chips, rows, heads) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "told"),
+    [(16, 24, "24 heads do not divide by context=16"), (64, None, "64 leaves 4 for axis context, and examples cannot")],
+)
+def test_what_cannot_be_divided_is_told(rows, heads, told):
+    with pytest.raises(UserError, match=told):
+        usual_split(256, rows, heads)
+
+
+def test_mesh_sizes_as_words():
+    assert parse_split("fsdp=32,context=4") == MeshConfig(fsdp=32, context=4)
+    assert parse_split("data=-1") == MeshConfig(data=-1, fsdp=1)
+    with pytest.raises(UserError, match="'model=2' is no axis and size"):
+        parse_split("model=2")
+
+
+# ---- searching
+
+
+def fake_plan(monkeypatch, base: float, each: float, breaks: float = 15.75):
+    """A compiler whose programs take ``base`` GiB and ``each`` more for every row of a chip."""
+    tried = []
+
+    def run(preset, name, topology, settings):
+        rows = settings.batch // (topology.chips * 4)
+        tried.append(rows)
+        used = base + each * rows
+        if used > breaks:
+            raise DoesNotFit("it", used, breaks)
+        sizes = {"argument_gib": base, "temporary_gib": each * rows, "peak_gib": used, "hbm_gib": 15.75}
+        return {"batch": settings.batch, "fits_with_spare": used <= 0.9 * 15.75, **sizes}
+
+    monkeypatch.setattr(planning, "plan_run", run)
+    return tried
+
+
+def test_the_largest_batch_takes_three_compilations(monkeypatch):
+    tried = fake_plan(monkeypatch, 2.0, 1.2)
+    found = largest_batch(load_preset("neodragon_320p"), "teacher", parse_topology("v5e:4x4"))
+    assert found["batch"] == 10 * 16 * 4  # 2 + 1.2 x 10 = 14 of 14.175
+    assert tried == [1, 2, 10]
+
+
+def test_a_batch_of_one_row_that_does_not_fit(monkeypatch):
+    fake_plan(monkeypatch, 15.0, 1.2)
+    with pytest.raises(DoesNotFit, match=r"16\.20 GiB a chip, 0\.45 GiB more than there is \(15\.75 GiB\)"):
+        largest_batch(load_preset("neodragon_320p"), "teacher", parse_topology("v5e:4x4"))
+    tried = fake_plan(monkeypatch, 2.0, 7.0)
+    assert largest_batch(load_preset("neodragon_320p"), "teacher", parse_topology("v5e:4x4"))["batch"] == 64
+    assert tried == [1, 2]
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["neodragon_320p"], "expected --topology"),
+        (["neodragon_320p", "--topology", "v4:2x2"], "unknown topology 'v4:2x2', expected one of v5e:2x2, v5e:4x4"),
+        (["neodragon_320p", "--topology", "v5p:4x4"], "expected one of v5p:2x2x1"),
+        (["neodragon_320p", "--topology", "v5e:4x4", "--run", "codec"], "no run 'codec' of neodragon_320p to plan"),
+        (["neodragon_320p", "--topology", "v5e:4x4", "--batch", "many"], "expected a number of at least 1, or auto"),
+        (["neodragon_320p", "--topology", "v5e:4x4", "--mesh", "x=1"], "'x=1' is no axis and size"),
+        (["neodragon_320p", "--topology", "v5e:4x4", "--efficiency", "2"], "at most 1"),
+        (["nowhere", "--topology", "v5e:4x4"], "unknown preset 'nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line(refused, words, told):
+    refused("plan", *words, told=told)
+
+
+def test_without_libtpu_it_says_what_to_install(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    refused("plan", "neodragon_320p", "--topology", "v5e:4x4", "--run", "teacher", told="pip install 'nd-jax[tpu]'")
+
+
+def test_a_checkpoint_of_another_preset(refused, monkeypatch, tmp_path):
+    from nd_jax.training import checkpoint
+
+    monkeypatch.setattr(checkpoint, "read_record", lambda _: {"identity": {"preset": "shapes_base/teacher"}})
+    words = ["neodragon_320p", "--topology", "v5e:4x4", "--checkpoint", tmp_path]
+    refused("plan", *words, told="belongs to preset 'shapes_base', the plan is for 'neodragon_320p'")
+
+
+def test_a_compiled_program_becomes_a_row():
+    """A program for this machine's devices stands in for the slice's: one product, all of it useful."""
+    devices = np.array([SimpleNamespace(coords=(i % 2, i // 2, 0)) for i in range(4)])
+    mesh, topology = SimpleNamespace(size=4, devices=devices), parse_topology("v5e:2x2")
+    program = jax.jit(lambda x, w: x @ w).lower(array(128, 256), array(256, 64))
+    reading = read_program("a product", program.compile, topology, mesh)
+    assert reading.flops == 2 * 128 * 256 * 64
+    assert reading.argument == 4 * (128 * 256 + 256 * 64) / 2**30
+    needed = Demand(4 * reading.flops / 2, 10, 8, 1.0, 0.5, None)
+    plan = planning._told(reading, topology, Settings(efficiency=0.5), 4 * reading.flops, needed, 3600)
+    plan |= {"run": "teacher", "topology": topology.name, "batch": 8, "mesh": {"data": 1, "fsdp": 4}}
+    assert plan["flops_difference"] == 0
+    assert plan["useful_of_compiled"] == 0.5
+    low, high = plan["step_seconds"]
+    assert low == max(plan["seconds"].values())
+    assert high == pytest.approx(sum(plan["seconds"].values()))
+    assert plan["mfu"][0] == pytest.approx(0.5 * plan["seconds"]["compute"] / low)
+    assert plan["chip_hours"] == pytest.approx([4 * low, 4 * high])
+    assert len(cells(plan)) == 12
+    assert line(plan).startswith("teacher on v5e:2x2: batch 8, 0.00 of 15.75 GiB")
+    json.dumps(plan)
+
+
+# ---- real compilations
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_small_step_compiles_for_every_generation(name):
+    """The shapes teacher of two blocks: counts agree, memory is told, and bounds are in order."""
+    pytest.importorskip("libtpu")
+    preset = load_preset("shapes_base")
+    network = dataclasses.replace(preset.system.diffusion_transformer, num_layers=3)
+    preset = dataclasses.replace(preset, system=dataclasses.replace(preset.system, diffusion_transformer=network))
+    topology = parse_topology(name)
+    columns = len(recipe_program(preset, "teacher", ALONE).recipe.columns)
+    found = plan_run(preset, "teacher", topology, Settings(batch=4 * columns, mesh=MeshConfig(fsdp=4)))
+    assert len(topology_devices(topology)) == topology.chips == 4
+    assert found["flops_difference"] == pytest.approx(0, abs=0.1)
+    assert 0 < found["peak_gib"] < found["hbm_gib"]
+    assert found["unknown_loops"] == 0
+    assert found["wire_bytes"]
+    low, high = found["step_seconds"]
+    assert 0 < low <= high
+    assert found["fits_with_spare"]
