@@ -26,5 +26,16 @@ def rules(config: SafetyCheckerConfig) -> list[Rule]:
 
 
 def extras(config: SafetyCheckerConfig) -> Extras:
-    """Position ids, a buffer that transformers saved until version 4.31."""
-    return Extras(ignored=(r"vision_model\.vision_model\.embeddings\.position_ids",))
+    """The tower under the shorter names that transformers 5 gives it; and position ids, a buffer that it saved until
+    version 4.31."""
+    both = ("weight", "bias")
+    names = ["embeddings.class_embedding", "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"]
+    names += [f"{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in both]
+    parts = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    parts += ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+    layers = range(config.num_hidden_layers)
+    names += [f"encoder.layers.{layer}.{part}.{kind}" for layer in layers for part in parts for kind in both]
+    return Extras(
+        twins={f"vision_model.{name}": f"{_TOWER}.{name}" for name in names},
+        ignored=(r"(vision_model\.)+embeddings\.position_ids",),
+    )

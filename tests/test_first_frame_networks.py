@@ -27,7 +27,7 @@ PATTERNS = ("sdxl_unet*", "image_vae", "lcm_scheduler", "quicksrnet_*")
 CASES = sorted(path.name for pattern in PATTERNS for path in GOLDEN.glob(pattern))
 
 
-SLOW = ("sdxl_unet_variant_symmetric",)
+SLOW = ("sdxl_unet", "sdxl_unet_variant_symmetric")
 
 
 @pytest.mark.parametrize(

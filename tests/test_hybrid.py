@@ -74,6 +74,7 @@ def test_a_second_call_compiles_nothing_and_makes_the_same(made, tmp_path):
     np.testing.assert_array_equal(again.frames[0], results[0].frames[0])
 
 
+@pytest.mark.heavy
 def test_it_is_what_generation_from_that_first_frame_gives(hybrid, tmp_path):
     """Without super-resolution: the same frames as the ordinary generator's, started from the picture it made."""
     plain = shutil.copytree(hybrid, tmp_path / "plain")
@@ -115,6 +116,7 @@ def objecting(hybrid, folder):
     return folder
 
 
+@pytest.mark.heavy
 def test_the_command(hybrid, tmp_path, run):
     out = tmp_path / "out"
     told = ["generate", "--checkpoint", hybrid, "--mode", "hybrid", "--frames", "9"]
@@ -127,6 +129,7 @@ def test_the_command(hybrid, tmp_path, run):
     assert "not checked" not in err
 
 
+@pytest.mark.heavy
 def test_withheld_videos(hybrid, tmp_path, run):
     strict, out = objecting(hybrid, tmp_path / "strict"), tmp_path / "out"
     told = ["generate", "--checkpoint", strict, "--mode", "hybrid", "--out", out, "--prompt", PROMPTS[0]]

@@ -187,14 +187,20 @@ def test_safety_checker(tmp_path):
     with torch.no_grad():
         for name in ("concept_embeds_weights", "special_care_embeds_weights"):
             getattr(peer, name).uniform_(0.1, 0.5, generator=torch.Generator().manual_seed(6))
+    pictures = np.random.default_rng(4).standard_normal((24, 32, 32, 3), np.float32)
     peer.save_pretrained(tmp_path)
     config, params = load_component(tmp_path)
-    pictures = np.random.default_rng(4).standard_normal((24, 32, 32, 3), np.float32)
-    with torch.no_grad():
-        black = torch.ones(24, 1, 1, 3)  # the peer blackens what it objects to
-        _, theirs = peer(torch.from_numpy(pictures).permute(0, 3, 1, 2), black.numpy())
+    checker = jax.jit(safety_checker.definition(config))
     with jax.default_matmul_precision("highest"):
-        ours = jax.jit(safety_checker.definition(config))(params, pictures)
+        best = np.sort(np.asarray(checker(params, pictures).scores).max(1))
+        between = np.argmax(np.diff(best[4:20])) + 4  # thresholds go into the widest gap between the middle pictures
+        moved = (best[between] + best[between + 1]) / 2 - safety_checker.MARGIN
+        params |= {"concept_embeds_weights": params["concept_embeds_weights"] + moved}
+        ours = checker(params, pictures)
+    with torch.no_grad():
+        peer.concept_embeds_weights += float(moved)
+        black = np.ones((24, 1, 1, 3))  # the peer blackens what it objects to
+        _, theirs = peer(torch.from_numpy(pictures).permute(0, 3, 1, 2), black)
     assert list(np.asarray(ours.unsafe)) == list(theirs)
     assert 0 < sum(theirs) < 24
 
