@@ -344,8 +344,8 @@ def test_wrong_folders_and_configs(tmp_path):
         load_component(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no config\.json"):
         load_component(tmp_path)
-    with pytest.raises(UserError, match=r"UNet2D.*expected one of"):
-        load_component(write(tmp_path / "unet", {"_class_name": "UNet2DConditionModel"}, stored))
+    with pytest.raises(UserError, match=r"UNet3D.*expected one of"):
+        load_component(write(tmp_path / "unet", {"_class_name": "UNet3DConditionModel"}, stored))
     with pytest.raises(UserError, match=r"PyramidMMDiT.*expected T5"):
         load_component(GOLDEN / "mmdit", "t5")
     with pytest.raises(UserError, match="expected one of mmdit"):

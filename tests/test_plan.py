@@ -113,9 +113,10 @@ def test_padding_of_the_full_size_layouts():
     assert needed.videos == 280
 
 
-def test_every_run_of_the_preset_is_planned():
+def test_every_run_of_the_recipe_is_planned():
+    """All but what it is compared with, and super-resolution, which fits one chip."""
     preset = load_preset("neodragon_320p")
-    assert set(plannable(preset)) == set(preset.runs)
+    assert set(preset.runs) - set(plannable(preset)) == {"progressive", "mean_flow", "adversarial", "upscaler"}
     assert text_teacher(preset).text_encoder_3.d_model == 4096
     with pytest.raises(UserError, match="run 'codec' of shapes_tiny is not planned"):
         recipe_program(load_preset("shapes_tiny"), "codec", ALONE)
@@ -127,8 +128,8 @@ def test_distillation_needs_more_than_training():
     training = demand(preset, systems, recipe).flops / 256
     _, student = flow("student")
     distillation = demand(preset, systems, student).flops / student.config.batch
-    # Two updates of the fake of four passes each, then four of the student's and two of the larger teacher, by three.
-    assert 3.5 < distillation / training < 4.5
+    # Two updates of the fake of three passes each, then four of the student's and two of the larger teacher, by three.
+    assert 2.9 < distillation / training < 3.6
 
 
 # ---- dividing a slice

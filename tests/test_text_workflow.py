@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import text_teachers
 from text_teachers import CONFIG, ENCODER, SYSTEM, prompts, recipe, student_params
-from training_toy import assert_same, numbers
+from training_toy import MEASURED, assert_same, numbers
 
 import nd_jax.text_workflow as workflow
 from nd_jax.data.text_features import FeatureSource
@@ -58,7 +58,7 @@ def test_a_resumed_run_cannot_be_told_from_a_whole_one(teacher, whole, tmp_path)
         outcome, _ = distil(tmp_path, teacher, run(steps, encoder="lora"), start=student_params())
     assert_same(numbers(outcome.state), numbers(whole[1].state))
     logged, expected = (
-        [{k: v for k, v in row.items() if "second" not in k and k != "data_wait"} for row in rows]
+        [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
         for rows in (read_metrics(tmp_path), read_metrics(whole[0]))
     )
     assert logged == expected

@@ -24,7 +24,6 @@ from nd_jax.training.mesh import MeshConfig, make_mesh
 from nd_jax.training.metrics import read_metrics
 
 STEPS = 40
-TIMING = {"steps_per_second", "data_wait"}
 MESH = MeshConfig(data=2, fsdp=4)
 SCRIPT = Path(toy.__file__)
 PATIENCE = 300
@@ -44,7 +43,7 @@ def finish(folder: Path) -> tuple[dict, dict, list[dict]]:
         folder, steps=STEPS, mesh=make_mesh(MESH), stream=stream, save_every=3, callbacks=[Every(5, toy.probe)]
     )
     assert outcome.reason == "steps"
-    rows = [{name: value for name, value in row.items() if name not in TIMING} for row in read_metrics(folder)]
+    rows = [{name: value for name, value in row.items() if name not in toy.MEASURED} for row in read_metrics(folder)]
     return toy.numbers(outcome.state), stream.get_state(), rows
 
 

@@ -36,6 +36,7 @@ def whole(tmp_path_factory):
 def train(monkeypatch, capfd, tmp_path):
     """Function from options to exit code and standard error."""
     monkeypatch.setitem(cli.VERBS, "toy", "training_toy:command")
+    before = signal.getsignal(signal.SIGINT)  # ignored, where a shell started the tests in the background
 
     def call(*options: str) -> tuple[int, str]:
         capfd.readouterr()
@@ -45,7 +46,7 @@ def train(monkeypatch, capfd, tmp_path):
         return code, told.err
 
     yield call
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_one_ctrl_c_saves_where_it_stands_and_two_stop_at_once(train, tmp_path, whole):

@@ -31,6 +31,16 @@ from nd_jax.training.state import TrainState
 
 WIDTH, DEPTH, BATCH = 16, 3, 16
 RULES = Rules(minimum=0)
+MEASURED = {
+    "steps_per_second",
+    "step_seconds",
+    "tokens_per_second",
+    "videos_per_second",
+    "data_wait",
+    "goodput",
+    "host_gib",
+}
+"""Metrics that differ between equal runs."""
 OPTIM = OptimConfig(learning_rate=1e-2, warmup_steps=2, decay_steps=30, clip_norm=0.5)
 
 

@@ -67,10 +67,11 @@ def plan(
         check_checkpoint(checkpoint, preset)
     if json_file is not None:
         check_new_file(json_file, overwrite=overwrite)
+    split = None if mesh is None else parse_split(mesh)
     check_libtpu()
     settings = Settings(
         batch=count,
-        mesh=None if mesh is None else parse_split(mesh),
+        mesh=split,
         efficiency=efficiency,
         text_tokens=text_tokens,
         removed=removed,

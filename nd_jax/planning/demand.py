@@ -83,10 +83,11 @@ def denoiser_demand(systems: Systems, recipe: FlowRecipe, text: int) -> Demand:
 
     student, teacher = passes(own, real), passes(whole, real)
     if isinstance(recipe, DmdRecipe):
-        # Every update of the fake: the student's answer, then the fake's training. Then the student's training, with
-        # what the fake and the teacher (twice, if guided) say of its answer.
+        # Every update of the fake trains it, on answers of the student's own unless they are shared. Then the student's
+        # training, with what the fake and the teacher (twice, if guided) say of its answer. Rollouts do not count.
         guided = not config.first_guidance == config.later_guidance == 1
-        useful = config.fake_updates * (student + 3 * student) + 3 * student + student + (2 if guided else 1) * teacher
+        fake = (3 if config.shared else 4) * student
+        useful = config.fake_updates * fake + 3 * student + student + (2 if guided else 1) * teacher
     elif isinstance(recipe, RecoveryRecipe):
         useful = 3 * student + teacher
     else:
