@@ -82,7 +82,7 @@ def phone_sections(
         ]
         videos.append((captions[n], pair))
     note = "SNR in dB: float32 graphs against JAX, deployed ones against float32 on recorded inputs."
-    columns = ["graph", "deployed", "float32 to JAX", "deployed", "goal"]
+    columns = ["graph", "precision", "float32 to JAX", "deployed", "goal"]
     return [
         Table("The student as graphs for a phone", columns, table, note),
         Gallery("The student's video in JAX, and of its phone graphs on this CPU", ["JAX", "W8A16 graphs"], videos),
