@@ -61,11 +61,11 @@ def main():
         return FlowRecipe(
             system.config,
             chosen,
-            schedule=preset.schedule,
+            schedule=system.schedule,
             stats=system.stats,
             sizes=[source.latents.shape[1:4]],
-            text_length=preset.video.text_length,
-            clip_length=preset.video.clip_length,
+            text_length=system.video.text_length,
+            clip_length=system.video.clip_length,
         )
 
     params = {name: each for name, each in system.params.items() if name != CODEC}
