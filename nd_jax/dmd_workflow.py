@@ -12,8 +12,8 @@ import numpy as np
 
 from nd_jax.data import prompts as prompt_data
 from nd_jax.data.caption_source import CaptionSource
-from nd_jax.data.latents import LatentSource
 from nd_jax.data.prompt_source import PromptSource
+from nd_jax.data.shard_sources import open_latents
 from nd_jax.data.world import world_named
 from nd_jax.errors import UserError
 from nd_jax.models.system import DENOISER
@@ -76,7 +76,7 @@ def distil_steps(
         )
     asked = None if videos else prompts_to_train_on(preset, prompts, run.loop.seed)
     folders = [latents] if isinstance(latents, str | Path) else latents
-    captions = itertools.chain.from_iterable(LatentSource(folder).captions for folder in folders)
+    captions = itertools.chain.from_iterable(open_latents(folder).captions for folder in folders)
     length = preset.video.text_length
     if videos:
         length = min(length, longest(start, itertools.chain.from_iterable(captions)))

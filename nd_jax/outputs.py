@@ -19,6 +19,7 @@ _OURS = (
     "metrics.jsonl",
     "dataset.json",
     "latents.npy",
+    "shards.json",
     "targets.bin",
     "bundle.json",
     "calibration.json",

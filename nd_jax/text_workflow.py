@@ -15,7 +15,8 @@ from nd_jax.data import prompts as prompt_data
 from nd_jax.data.caption_source import CaptionSource
 from nd_jax.data.pipeline import batches
 from nd_jax.data.prompt_source import PromptSource
-from nd_jax.data.text_features import FeatureSource, write_features
+from nd_jax.data.shard_sources import open_features
+from nd_jax.data.text_features import write_features
 from nd_jax.data.tokenizers import TextTokenizer
 from nd_jax.data.world import WORLDS
 from nd_jax.errors import UserError
@@ -115,7 +116,7 @@ def train_text_student(
     if features is None:
         source, options = prompts, {"tokenizers": {"t5": shared_tokenizer(teacher)}}
     else:
-        source, options, keys = FeatureSource(features), {}, ("t5_ids", "t5_mask", "target")
+        source, options, keys = open_features(features), {}, ("t5_ids", "t5_mask", "target")
         if (source.text_length, source.width) != (length, recipe.width):
             raise UserError(
                 f"{features} holds targets of {source.text_length} tokens x {source.width} channels, expected "

@@ -14,7 +14,7 @@ import numpy as np
 from nd_jax.converters.component import load_component
 from nd_jax.data.buckets import Size
 from nd_jax.data.captions_file import write_skipped
-from nd_jax.data.latents import LatentSource
+from nd_jax.data.shard_sources import open_latents
 from nd_jax.data.tokenizers import load_tokenizers
 from nd_jax.data.video_folder import FolderOptions, Survey, survey
 from nd_jax.data.videos import changed, prepare
@@ -105,7 +105,7 @@ def encode_batch(clips: Sequence[dict[str, Any]], most: int = 16) -> int:
 def sized(preset: Preset, latents: str | Path) -> Preset:
     """The preset for videos of the size and length of a latents folder's."""
     codec = preset.system.causal_video_vae
-    units, height, width = LatentSource(latents).latents.shape[1:4]
+    units, height, width = open_latents(latents).latents.shape[1:4]
     video = dataclasses.replace(
         preset.video,
         frames=1 + (units - 1) * codec.time_scale,

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from nd_jax.data import shapes
 from nd_jax.data.buckets import Size, size_name
 from nd_jax.data.caption_source import CaptionSource
 from nd_jax.data.captions import caption, plain_caption
-from nd_jax.data.latents import LatentSource, check_finite, write_latents
+from nd_jax.data.latents import check_finite, write_latents
 from nd_jax.data.pipeline import batches
+from nd_jax.data.shard_sources import open_latents
 from nd_jax.data.tokenizers import train_tokenizers
 from nd_jax.data.videos import bucket_of, check_record, open_split
 from nd_jax.data.windows import ClipSource, WindowSource
@@ -237,16 +239,18 @@ def shapes_captions(
 def with_statistics(config: Any, latents: np.ndarray, chunk: int = 256) -> Any:
     """The codec's config with the mean and deviation of its latents by channel, for frame 0 and for later ones.
 
-    ``latents`` [N, U, h, w, C] may be larger than memory.
+    ``latents`` [N, U, h, w, C] may be larger than memory; it is read in slices of clips.
     """
-    first_later = (slice(0, 1), slice(1, None) if latents.shape[1] > 1 else slice(None))
+    several = latents.shape[1] > 1
+    first_later = (slice(0, 1), slice(1, None) if several else slice(None))
     sums = np.zeros((2, 2, latents.shape[-1]))
     for start in range(0, len(latents), chunk):
         part = np.asarray(latents[start : start + chunk], np.float64)
         check_finite(part, f"clips {start} to {start + len(part) - 1}")
         for row, frames in enumerate(first_later):
             sums[row] += part[:, frames].sum((0, 1, 2, 3)), np.square(part[:, frames]).sum((0, 1, 2, 3))
-    counts = [latents[:, frames, ..., 0].size for frames in first_later]
+    units = (1, latents.shape[1] - 1 if several else 1)
+    counts = [len(latents) * count * math.prod(latents.shape[2:4]) for count in units]
     mean, square = np.moveaxis(sums / np.reshape(counts, (2, 1, 1)), 1, 0)
     deviation = np.sqrt(np.maximum(square - mean**2, 1e-8))
     rows = [tuple(map(tuple, table.tolist())) for table in (mean, deviation)]
@@ -307,10 +311,10 @@ def train_flow(
     folders = [latents] if isinstance(latents, str | Path) else list(latents)
     if bool(folders) == (prompts is not None):
         raise UserError(f"train {preset.name} {name}: expected latents to train on, or for prompts alone none")
-    sources = [LatentSource(folder, dropout=run.recipe.caption_dropout, units=units) for folder in folders]
+    sources = [open_latents(folder, dropout=run.recipe.caption_dropout, units=units) for folder in folders]
     codec_config, codec_params = load_component(codec_folder, "video_vae", dtype="fp32")
     if codec_config.latents_mean is None and folders:
-        whole = LatentSource(folders[0])
+        whole = open_latents(folders[0])
         codec_config = with_statistics(codec_config, whole.latents)
     base = preset.system if start is None else start.config
     config = dataclasses.replace(base, causal_video_vae=codec_config)

@@ -6,17 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_mesh_axes import EVERYTHING, NETWORK, make_batch
 from test_mesh_axes import recipe as make_recipe
 
 from nd_jax.errors import UserError
 from nd_jax.models.attention import attend, causal_mask
+from nd_jax.models.kernel_work import scope
 from nd_jax.models.mmdit import definition
 from nd_jax.models.splash import splash_attention, visited_pairs
 from nd_jax.models.system import DENOISER
+from nd_jax.planning.hlo import parse
+from nd_jax.planning.hlo_flops import kernels_flops, program_flops
+from nd_jax.planning.traced import traced_flops
 from nd_jax.pyramid.layout import Envelope, layout_arrays
-from nd_jax.training.hooks import sharding_hooks
+from nd_jax.training.hooks import sharding_hooks, splash_on
 from nd_jax.training.mesh import MeshConfig, make_mesh
 
 TEXT = 10
@@ -109,3 +113,65 @@ def test_the_kernel_needs_exact_layouts():
     assert drawn["unit"].shape == (4, 6)
     drawn = jax.jit(lambda key: made.draws(key)["unit"])(jax.random.key(0))
     np.testing.assert_array_equal(drawn, [[0, 0, 1, 1, 2, 2]] * 4)
+
+
+def test_the_kernels_operations_are_counted_by_their_tiles():
+    """In a trace, forward and backward, and per layer of a loop: two and five products over the visited tiles."""
+    times, (batch, heads, dim) = ((0,) * 600 + (1,) * 500,), (3, 2, 8)
+    one = 2 * batch * heads * dim * visited_pairs(times, (1100,))
+    array = jax.ShapeDtypeStruct((batch, 1100, heads, dim), jnp.float32)
+    segments = jnp.zeros((1, 1100), jnp.int32)
+
+    def attention(q, k, v):
+        return splash_attention(q, k, v, times, (1100,), segments)
+
+    def layers(q, k, v):
+        def body(x, _):
+            return attention(x, k, v).reshape(x.shape), None
+
+        return jax.lax.scan(body, q, None, length=4)[0].sum()
+
+    assert traced_flops(attention, array, array, array) == 2 * one
+    assert traced_flops(layers, array, array, array) == 4 * 2 * one
+    outside = 2 * batch * heads * dim * 1152  # output times its gradient, a product beside the kernel
+    assert traced_flops(jax.grad(layers), array, array, array) == 4 * ((2 + 5) * one + outside)
+
+
+def test_the_kernels_operations_are_read_from_a_compiled_program():
+    """The text of a custom call as a TPU compiler writes it: its name tells the tiles, other custom calls nothing."""
+    name = f"jit(f)/transpose(jvp({scope(1000)}))/vmap(splash_mha_dkv_segmented_no_residuals)/pallas_call"
+    call = 'custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+    call += '"xprof_metadata":"{}"\n}}, metadata={op_name="'
+    text = (
+        "ENTRY %main (p: f32[8,8]) -> f32[8,8] {\n  %p = f32[8,8]{1,0} parameter(0)\n"
+        f'  %a = f32[8,8]{{1,0}} {call}{name}"}}\n'
+        f'  %b = f32[8,8]{{1,0}} {call}jit(f)/{scope(1000)}/splash_mha_fwd_segmented_residuals/pallas_call"}}\n'
+        f'  %c = f32[8,8]{{1,0}} {call}jit(f)/other/pallas_call"}}\n'
+        f'  %d = f32[8,8]{{1,0}} custom-call(%p), custom_call_target="x", metadata={{op_name="{name}"}}\n'
+        "  ROOT %e = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n}\n"
+    )
+    module = parse(text)
+    assert kernels_flops(module) == 2 * 1000 * (5 + 2)
+    assert program_flops(module) == 2 * 1000 * (5 + 2) + 2 * 8**3
+
+
+@pytest.mark.heavy
+def test_a_compiler_keeps_the_name_that_tells_the_tiles():
+    """The gradient of two layers on four chips that are not here: seven products a layer, split over the chips."""
+    pytest.importorskip("libtpu")
+    from nd_jax.planning.chips import parse_topology
+    from nd_jax.planning.compiled import topology_devices
+
+    mesh = make_mesh(MeshConfig(fsdp=4), topology_devices(parse_topology("v5e:2x2")))
+    times, attention = ((0,) * 300 + (1,) * 300,), splash_on(mesh)
+
+    def layers(q, k, v):
+        def body(x, _):
+            return attention(x, k, v, times, (600,), jnp.zeros((1, 600), jnp.int32)).reshape(x.shape), None
+
+        return jax.lax.scan(body, q, None, length=2)[0].sum()
+
+    array = jax.ShapeDtypeStruct((8, 600, 2, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    program = jax.jit(jax.grad(layers, argnums=(0, 1, 2))).lower(array, array, array).compile()
+    found = kernels_flops(parse(program.as_text()))
+    assert found == 2 * (2 + 5) * 2 * (8 // 4) * 2 * 64 * visited_pairs(times, (600,))

@@ -101,7 +101,7 @@ class FlowOptions:
     """Folder for checkpoints, metrics and the result, out/system."""
     settings: Annotated[FlowRun, arg(name="")]
     latents: tuple[Path, ...]
-    """Folder of `nd-jax data latents`; one for each share of --recipe.size-mix."""
+    """Folder of `nd-jax data latents` or `data precompute`; one for each share of --recipe.size-mix."""
     data: Path | None = None
     """Folder of `nd-jax data prepare` or `videos`, for tokenizers and size; not needed with --start."""
     codec: Path | None = None
@@ -125,7 +125,7 @@ class RecoveryOptions:
     teacher: Path
     """System folder that was pruned."""
     latents: tuple[Path, ...]
-    """Folder of `nd-jax data latents`; one for each share of --recipe.size-mix."""
+    """Folder of `nd-jax data latents` or `data precompute`; one for each share of --recipe.size-mix."""
     alone: bool = False
     """Leave the first stage out."""
 
@@ -140,7 +140,8 @@ class DmdOptions:
     start: Path
     """Many-step system that the student begins as, such as one that was pruned and recovered."""
     latents: tuple[Path, ...] = ()
-    """Folder of `nd-jax data latents`; one for each share of --recipe.size-mix. With --recipe.no-videos: none."""
+    """Folder of `nd-jax data latents` or `data precompute`; one for each share of --recipe.size-mix. None with
+    --recipe.no-videos."""
     prompts: tuple[Path, ...] = ()
     """With --recipe.no-videos: folders of `nd-jax data prompts`; default: captions of the preset's world."""
     teacher: Path | None = None

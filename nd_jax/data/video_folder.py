@@ -122,7 +122,7 @@ def survey(
     for done, name in enumerate(names):
         progress(done, len(names))
         try:
-            clip = _clip(folder, name, options, texts.get(name), contents)
+            clip = survey_clip(folder, name, options, texts.get(name), contents)
         except UserError as error:
             skipped.append(Skipped(name, str(error).removeprefix(f"video: {folder / name} ")))
             continue
@@ -159,10 +159,13 @@ def _check(options: FolderOptions) -> None:
         raise UserError(f"video folder: a share of {options.heldout:g} held out, expected at least 0 and below 1")
 
 
-def _clip(
+def survey_clip(
     folder: Path, name: str, options: FolderOptions, captions: list[str] | None, contents: dict[str, str]
 ) -> Clip:
-    """Everything about one clip. Raises UserError with the reason why it cannot be used."""
+    """Everything about one clip; ``contents`` names clips by the digest of what they hold, those seen before.
+
+    Raises UserError with the reason why it cannot be used.
+    """
     path = folder / name
     found, limits = stamp(path), options.limits
     if captions is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
+
+from nd_jax.models.kernel_work import scope
 
 LANES = 128
 """Sequences are padded to a multiple of this."""
@@ -93,7 +95,7 @@ def splash_attention(
         segments: of all keys, group after group; queries read keys of their own segment.
         interpret: run the kernel's program on any platform, slowly.
     """
-    batch, length, heads, _ = q.shape
+    batch, length, heads, dim = q.shape
     own, start = [], 0
     for group, n in zip(times, asking, strict=True):
         start += len(group)
@@ -107,9 +109,10 @@ def splash_attention(
     )
     q, k, v = (
         _fill(jnp.swapaxes(x, 1, 2), size, axis=2)
-        for x, size in zip((q * q.shape[-1] ** -0.5, k, v), (sizes[0], sizes[1], sizes[1]), strict=True)
+        for x, size in zip((q * dim**-0.5, k, v), (sizes[0], sizes[1], sizes[1]), strict=True)
     )
-    out = jax.vmap(lambda q, k, v, a, b: attend(q, k, v, kernel.SegmentIds(a, b)))(q, k, v, *ids)
+    with jax.named_scope(scope(batch * heads * dim * visited_pairs(times, asking))):
+        out = jax.vmap(lambda q, k, v, a, b: attend(q, k, v, kernel.SegmentIds(a, b)))(q, k, v, *ids)
     return jnp.swapaxes(out[:, :, :length], 1, 2).reshape(batch, length, -1)
 
 
@@ -133,8 +136,13 @@ def _blocks(queries: int, keys: int) -> kernel.BlockSizes:
 
 def visited_pairs(times: Sequence[tuple[int, ...]], asking: Sequence[int]) -> int:
     """Pairs of a query and a key in tiles that the kernel computes: what its arithmetic is counted by."""
+    return _visited(tuple(times), tuple(asking))
+
+
+@cache
+def _visited(times: tuple[tuple[int, ...], ...], asking: tuple[int, ...]) -> int:
     length, keys = padded_sizes(sum(asking), sum(map(len, times)))
-    order, blocks = Order(tuple(times), tuple(asking), (length, keys)), _blocks(length, keys)
+    order, blocks = Order(times, asking, (length, keys)), _blocks(length, keys)
     tiles = sum(
         bool(order[slice(i, i + blocks.block_q), slice(j, j + blocks.block_kv)].any())
         for i in range(0, length, blocks.block_q)

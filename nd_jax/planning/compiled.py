@@ -19,7 +19,7 @@ from nd_jax.errors import UserError
 from nd_jax.planning.bounds import Bounds, bounds
 from nd_jax.planning.chips import Topology
 from nd_jax.planning.hlo import parse
-from nd_jax.planning.hlo_flops import program_flops
+from nd_jax.planning.hlo_flops import kernels_flops, program_flops
 from nd_jax.planning.hlo_memory import program_bytes
 from nd_jax.planning.hlo_wire import by_kind, collectives
 
@@ -90,6 +90,8 @@ class Reading:
     peak: float
     code: float
     flops: float
+    kernel_flops: float
+    """What of them attention kernels compute, by formula."""
     hbm_bytes: float
     wire: dict[str, float]
     """Bytes received by kind of collective."""
@@ -126,6 +128,7 @@ def read_program(
         memory.peak_memory_in_bytes / GIB,
         memory.generated_code_size_in_bytes / GIB,
         flops,
+        kernels_flops(module),
         moved,
         by_kind(found),
         bounds(topology, flops, moved, found, coordinates),

@@ -108,20 +108,23 @@ def parse(text: str) -> Module:
     """The module of ``compiled.as_text()``.
 
     A line belongs to the last header above it: configurations of custom calls span lines and may hold braces of their
-    own, so that closing braces say nothing.
+    own, so that closing braces say nothing. What follows on further lines belongs to the call's attributes.
     """
     computations: dict[str, Computation] = {}
-    current, entry = Computation(""), ""
+    current, entry, last = Computation(""), "", None
     for line in text.splitlines():
         header = HEADER.match(line)
         if header and not line.startswith("HloModule"):
             current = computations[header[2]] = Computation(header[2])
             entry = header[2] if header[1] else entry
+            last = None
             continue
         start = OPERATION.match(line)
         if start is None or not current.name:
+            if last is not None and last.kind == "custom-call":
+                last.attributes += line
             continue
-        operation = _operation(start[2], line[start.end() :])
+        last = operation = _operation(start[2], line[start.end() :])
         if operation is not None:
             current.operations[operation.name] = operation
             if start[1]:

@@ -1,7 +1,8 @@
 """Operations of matrix products and convolutions in a compiled program, loops multiplied out.
 
 Elementwise work is left out, as in every published utilisation figure. XLA's own ``cost_analysis`` counts the body of
-a loop once. What a kernel (custom call) computes does not stand in the text and is not counted.
+a loop once. What a kernel (custom call) computes does not stand in the text: of attention kernels the operations of the
+tiles that they visit are counted, which their names tell (``nd_jax.models.kernel_work``); of others nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import math
 import re
 
+from nd_jax.models.kernel_work import kernel_flops
 from nd_jax.planning.hlo import Computation, Module, Operation, visits
+
+KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 def program_flops(module: Module, unknown: list[str] | None = None) -> float:
-    """Multiplications and additions of one execution on one device."""
+    """Multiplications and additions of one execution on one device, kernels included."""
     return sum(
         visit.times * operation_flops(visit.computation, operation)
         for visit in visits(module, unknown)
@@ -21,8 +25,22 @@ def program_flops(module: Module, unknown: list[str] | None = None) -> float:
     )
 
 
-def operation_flops(computation: Computation, operation: Operation) -> int:
-    """Of one dot or convolution; 0 for anything else."""
+def kernels_flops(module: Module) -> float:
+    """The part of ``program_flops`` that kernels compute: known by formula, not read from the program."""
+    return sum(
+        visit.times * operation_flops(visit.computation, operation)
+        for visit in visits(module)
+        for operation in visit.computation.operations.values()
+        if operation.kind == "custom-call"
+    )
+
+
+def operation_flops(computation: Computation, operation: Operation) -> float:
+    """Of one dot, convolution or attention kernel; 0 for anything else."""
+    if operation.kind == "custom-call":
+        found = re.search(r'op_name="([^"]*)"', operation.attributes)
+        is_kernel = KERNEL in operation.attributes and found is not None
+        return kernel_flops(found[1]) if is_kernel else 0
     if operation.kind == "dot":
         left = computation.operand(operation).arrays[0]
         dims = [int(n) for n in (operation.setting("lhs_contracting_dims") or "").split(",") if n]

@@ -9,20 +9,24 @@ from typing import Any
 
 import jax
 
+from nd_jax.models.kernel_work import kernel_flops
+
 
 def traced_flops(function: Callable, *args: Any) -> float:
     """Of one call; the arguments may be abstract. Nothing is compiled or run."""
     return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def jaxpr_flops(jaxpr: Any) -> float:
+def jaxpr_flops(jaxpr: Any, where: str = "") -> float:
     """Of one evaluation. Loops over a known length are multiplied out; of branches the largest counts, and of
-    ``platform_dependent`` ones too. A ``while`` loop without a length counts once."""
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+    ``platform_dependent`` ones too. A ``while`` loop without a length counts once. Attention kernels count by the tiles
+    that they visit, other kernels not at all; ``where`` is the scope around it all."""
+    return sum(_equation_flops(equation, where) for equation in jaxpr.eqns)
 
 
-def _equation_flops(equation: Any) -> float:
+def _equation_flops(equation: Any, where: str) -> float:
     name, params = equation.primitive.name, equation.params
+    where = f"{where}/{equation.source_info.name_stack}"
     if name == "dot_general":
         left = equation.invars[0].aval.shape
         contracted = params["dimension_numbers"][0][0]
@@ -33,10 +37,10 @@ def _equation_flops(equation: Any) -> float:
         holes = math.prod(params["lhs_dilation"])  # every so many-th input is data
         return 2.0 * equation.outvars[0].aval.size * math.prod(kernel) / features / holes
     if name == "cond":
-        return max(jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+        return max(jaxpr_flops(branch.jaxpr, where) for branch in params["branches"])
     if name == "pallas_call":
-        return 0.0
-    inner = sum(jaxpr_flops(getattr(each, "jaxpr", each)) for each in _inside(params))
+        return kernel_flops(where)
+    inner = sum(jaxpr_flops(getattr(each, "jaxpr", each), where) for each in _inside(params))
     if name == "scan":
         return params["length"] * inner
     if name == "shard_map":
