@@ -23,7 +23,7 @@ from nd_jax.models.mmdit_block import Block, Group, LastBlock, spread, xavier
 from nd_jax.models.mmdit_config import MMDiTConfig
 from nd_jax.models.norms import AdaLayerNorm, modulate
 from nd_jax.models.positions import rope_tables, spatial_positions
-from nd_jax.models.stacked import stack
+from nd_jax.models.stacked import run_chosen, stack
 
 __all__ = ["BlockStates", "Layout", "MMDiT", "MMDiTConfig", "definition", "unstack"]
 
@@ -79,6 +79,7 @@ class MMDiT(nnx.Module):
         reducer: Callable[..., Any] | None = None,
         remat: str | None = None,
         kept: Int[Array, " k"] | None = None,
+        known: tuple[Float[Array, "n b l d"], Float[Array, "n b*g s d"]] | None = None,
     ) -> Any:
         """Predict the velocity of each group's current clip.
 
@@ -95,6 +96,9 @@ class MMDiT(nnx.Module):
             remat: "none", "full" (keep block inputs only) or "dots" (keep the results of dense products).
             kept: run these stacked blocks only, in this order. Data, not structure: every selection of so many blocks
                 is the same program. Needs stacked parameters, not ``unstack``'s.
+            known: image and text tokens that the whole network has after every stacked block, for the same inputs. The
+                blocks with which ``kept`` starts as the whole network does are read from it instead of run, and
+                ``kept`` may be filled up with -1, so that selections of any length are the same program. No gradient.
 
         Returns:
             Predictions [B, T, H, W, C], one per group; with ``return_blocks`` and/or ``reducer`` a tuple
@@ -126,7 +130,11 @@ class MMDiT(nnx.Module):
         def chosen(carry, index):
             return body(carry, jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacked))
 
-        if kept is None:
+        if known is not None:
+            if kept is None or return_blocks or reducer:
+                raise UserError("MMDiT: known tokens go with kept blocks, and neither return_blocks nor reducer")
+            carry, out = run_chosen(chosen, (image, text), kept, known), (None, None)
+        elif kept is None:
             carry, out = over_layers(self._remat(body, remat, looped=True), (image, text), stacked)
         else:
             carry, out = jax.lax.scan(self._remat(chosen, remat, looped=True), (image, text), kept)

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Int
 
 from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 
@@ -66,3 +68,21 @@ def scan_stack(
         return hooks.gather(w.astype(dtype or w.dtype) if path[-1] == "kernel" else w, "/".join(map(str, path)))
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, state)
+
+
+def run_chosen(
+    step: Callable[[Any, Int[Array, ""]], tuple[Any, Any]], carry: Any, kept: Int[Array, " k"], known: Any
+) -> Any:
+    """The carry after the layers ``kept``, a list that -1 may fill up at its end.
+
+    ``step(carry, layer) -> (carry, out)`` runs a layer by its number. ``known`` has the carry after every layer of the
+    whole stack on a leading axis: as long as ``kept`` counts 0, 1, 2, ... nothing has to run.
+    """
+    shared = jnp.sum(jnp.cumprod(kept == jnp.arange(len(kept))))
+
+    def enter(first: Array, after: Array) -> Array:
+        last = jax.lax.dynamic_index_in_dim(after, jnp.maximum(shared - 1, 0), keepdims=False)
+        return jnp.where(shared > 0, last, first)
+
+    carry = jax.tree.map(enter, carry, known)
+    return jax.lax.fori_loop(shared, jnp.sum(kept >= 0), lambda n, carry: step(carry, kept[n])[0], carry)
