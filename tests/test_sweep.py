@@ -120,7 +120,7 @@ def test_one_device_and_eight_agree(deep, generator, calibration, population, fo
 
 
 def test_calibration_keeps_the_steps_it_is_asked_for(generator):
-    one = record(generator, PROMPTS[:2], batch=2, steps=1)
+    one = record(generator, PROMPTS, samples=2, batch=6, steps=1)
     assert [(call.stage, call.batch) for call in one.calls] == [(0, 0), (1, 0)]
     with pytest.raises(UserError, match="3 videos in batches of 2"):
         record(generator, PROMPTS, batch=2)

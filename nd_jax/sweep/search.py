@@ -75,16 +75,37 @@ def evolution(blocks: int, count: int, seed: int, size: int | None = None) -> St
         search.tell([(x, errors[drop]) for x, drop in zip(points, asked, strict=True)])
 
 
-def plan(blocks: int, count: int, candidates: int, seed: int, *, evolve: bool = True) -> dict[str, Strategy]:
-    """By name, what a sweep does, in order: small systematic searches first, evolution with what is left; where all
-    sets of ``count`` blocks fit among the candidates, all of them instead.
+def cheapest(blocks: int, count: int) -> Strategy:
+    """The blocks that cost least alone."""
+    alone = yield [(k,) for k in range(blocks)]
+    yield [tuple(sorted(sorted(range(blocks), key=lambda k: (alone[(k,)], k))[:count]))]
+
+
+def fixed(drop: Drop) -> Strategy:
+    """One candidate that something else chose."""
+    yield [drop]
+
+
+def plan(
+    blocks: int,
+    count: int,
+    candidates: int,
+    seed: int,
+    *,
+    evolve: bool = True,
+    chosen: Mapping[str, Drop] | None = None,
+) -> dict[str, Strategy]:
+    """By name, what a sweep does, in order: what others have ``chosen``, small systematic searches, and evolution with
+    what is left; where all sets of ``count`` blocks fit among the candidates, all of them instead.
 
     Raises UserError unless ``count`` is from 1 to ``blocks``.
     """
     if not 1 <= count <= blocks:
         raise UserError(f"sweep: {count} blocks to remove, expected 1 to {blocks}; the last block always stays")
     strategies = {
+        **{name: fixed(drop) for name, drop in (chosen or {}).items()},
         "remove-one": exhaustive(blocks, 1),
+        "cheapest alone": cheapest(blocks, count),
         "intervals": intervals(blocks, count),
         "greedy removal": greedy_removal(blocks, count),
         "greedy return": greedy_return(blocks, count),
