@@ -18,7 +18,7 @@ from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.pyramid.schedule import Schedule
 from nd_jax.recipes.pruning import ragged_population, remove_blocks
 from nd_jax.sweep.calibration import record
-from nd_jax.sweep.population import Population, candidate_velocities
+from nd_jax.sweep.population import Population, arrange, each_velocity
 from nd_jax.training.mesh import MeshConfig, make_mesh
 
 LAYERS = 6
@@ -69,8 +69,8 @@ def test_every_candidate_is_the_network_cut_to_it(deep, generator, calibration):
     conditions = calibration.conditions[0]
 
     def answers(params, kept):
-        velocity = candidate_velocities(denoise, envelope, params, conditions, call.inputs, guided=True)
-        return jax.lax.map(velocity, kept)
+        keep = lambda velocity, whole: velocity  # noqa: E731
+        return each_velocity(denoise, envelope, params, conditions, call.inputs, kept, keep, guided=True)
 
     made = jax.jit(answers)(deep.on_device[DENOISER], ragged_population(LAYERS - 1, DROPS))
     z, timestep, history, unit = call.inputs
@@ -81,6 +81,19 @@ def test_every_candidate_is_the_network_cut_to_it(deep, generator, calibration):
     )[0])  # fmt: skip
     for drop, answer in zip(DROPS, made, strict=True):
         np.testing.assert_allclose(answer, exact(pruned(deep, drop)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ways", "size"), [(1, 10), (8, 16), (3, 15)])
+def test_candidates_are_sorted_and_dealt_out(ways, size):
+    kept = ragged_population(LAYERS - 1, DROPS)
+    full, rows = arrange(kept, ways, size)
+    np.testing.assert_array_equal(full[rows], kept)
+    assert len(set(rows.tolist())) == len(DROPS)
+    assert np.bincount(rows // (size // ways), minlength=ways).max() <= -(-len(DROPS) // ways)
+    in_order = full[np.sort(rows)].tolist()
+    assert in_order == sorted(in_order)
+    few, rows = arrange(kept[:1], ways, size)
+    assert (few == kept[0]).all()
 
 
 def test_errors_by_level_and_prompt(deep, generator, calibration, found):

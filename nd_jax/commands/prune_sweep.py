@@ -27,7 +27,7 @@ def prune_sweep(
     evolve: bool = True,
     seed: int = 0,
     batch: int = 8,
-    chunk: int = 16,
+    chunk: int = 32,
 ) -> None:
     """Search which blocks of a checkpoint's denoiser can go.
 

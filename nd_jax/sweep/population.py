@@ -1,8 +1,8 @@
 """Populations of pruned denoisers, scored on fixed inputs by one program for each stage of the pyramid.
 
 Candidates are data, spread over the data axes of a mesh. A device runs its candidates one after the other, so memory is
-that of one candidate, and the blocks before the first one that a candidate lacks are the whole denoiser's: they are
-computed once for all of them.
+that of one candidate. They are sorted, and the blocks with which a candidate starts as the one before it are not run
+again: tokens after every block are kept from one to the next.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from nd_jax.models.system import DENOISER
 from nd_jax.pyramid.layout import Envelope, layout_arrays
@@ -47,7 +47,7 @@ class Population:
         calibration: Calibration,
         *,
         mesh: Mesh | None = None,
-        chunk: int = 16,
+        chunk: int = 32,
     ):
         self.calibration = calibration
         self.blocks = system.config.diffusion_transformer.num_layers - 1
@@ -78,10 +78,7 @@ class Population:
         """
         if not 0 < len(drops) <= self.size:
             raise ValueError(f"{len(drops)} candidates, expected 1 to {self.size}")
-        filler = [()] * (self.size - len(drops))  # the whole network: nothing left to run but the last block
-        rows = np.arange(self.size).reshape(-1, self.size // batch_ways(self.mesh)).T.ravel()  # dealt out in turn
-        kept = np.empty((self.size, self.blocks), np.int32)
-        kept[rows] = ragged_population(self.blocks, [*drops, *filler])
+        kept, rows = arrange(ragged_population(self.blocks, drops), batch_ways(self.mesh), self.size)
         kept = jax.device_put(kept, self._spread)
         calls = self.calibration.calls
         found = [
@@ -93,31 +90,49 @@ class Population:
         sums, counts = np.zeros((len(drops), len(levels), batches, videos)), np.zeros((len(levels), batches, 1))
         for call, errors in zip(calls, found, strict=True):
             level = levels.index((call.stage, call.timestep))
-            sums[:, level, call.batch] += np.asarray(errors, np.float64)[rows[: len(drops)]]
+            sums[:, level, call.batch] += np.asarray(errors, np.float64)[rows]
             counts[level, call.batch] += 1
         means = (sums / counts).reshape(len(drops), len(levels), self.calibration.prompts, self.calibration.samples)
         return means.mean(axis=-1).astype(np.float32)
 
 
+def arrange(
+    kept: Int[np.ndarray, "p blocks"], ways: int, size: int
+) -> tuple[Int[np.ndarray, "size blocks"], Int[np.ndarray, " p"]]:
+    """``size`` rows for ``ways`` devices, and where each candidate went: in order, so that neighbours start alike, and
+    evenly; the last of each device repeats, which costs it the last block only."""
+    order = np.lexsort(kept.T[::-1])
+    full, rows = np.empty((ways, size // ways, kept.shape[1]), np.int32), np.empty(len(kept), np.int64)
+    for way, mine in enumerate(np.array_split(order, ways)):
+        rows[mine] = way * (size // ways) + np.arange(len(mine))
+        full[way] = kept[mine[-1] if len(mine) else order[-1]]
+        full[way, : len(mine)] = kept[mine]
+    return full.reshape(size, -1), rows
+
+
 def candidate_errors(denoiser, envelope, params, conditions, inputs, candidates, *, guided) -> Float[jax.Array, "p b"]:
     """Every candidate's squared velocity error in every video of one call; both branches of guidance count alike."""
-    velocity = candidate_velocities(denoiser, envelope, params, conditions, inputs, guided=guided)
-    whole = velocity(None)
-    errors = jax.lax.map(lambda kept: jnp.mean(jnp.square(velocity(kept) - whole), axis=(1, 2, 3, 4)), candidates)
+
+    def error(velocity, whole):
+        return jnp.mean(jnp.square(velocity - whole), axis=(1, 2, 3, 4))
+
+    errors = each_velocity(denoiser, envelope, params, conditions, inputs, candidates, error, guided=guided)
     return jnp.mean(errors.reshape(len(candidates), 2 if guided else 1, -1), axis=1)
 
 
-def candidate_velocities(denoiser, envelope, params, conditions, inputs, *, guided):
-    """A function from kept blocks (None: all) to the velocity of one call, in float32; the whole denoiser runs once."""
+def each_velocity(denoiser, envelope, params, conditions, inputs, candidates, reduce, *, guided):
+    """``reduce(velocity, the whole denoiser's)`` of every candidate at one call, float32, guidance's rows doubled."""
     z, timestep, history, unit = inputs
     if guided:
         z, timestep, history = twice(z), twice(timestep), tuple(map(twice, history))
     layout = layout_arrays(envelope, unit, conditions.mask)
     arguments = params, [(*history, z)], conditions.text, conditions.pooled, timestep, [layout]
-    whole, known = denoiser(*arguments, reducer=lambda _, image, __, text: (image, text))
+    (whole,), states = denoiser(*arguments, reducer=lambda _, image, __, text: (image, text))
+    whole = whole.astype(jnp.float32)
 
-    def velocity(kept=None):
-        found = whole if kept is None else denoiser(*arguments, kept=kept, known=known)
-        return found[0].astype(jnp.float32)
+    def run(known, kept):
+        (velocity,), known = denoiser(*arguments, kept=kept, known=known)
+        return known, reduce(velocity.astype(jnp.float32), whole)
 
-    return velocity
+    blocks = jnp.arange(candidates.shape[1], dtype=candidates.dtype)
+    return jax.lax.scan(run, (blocks, states), candidates)[1]

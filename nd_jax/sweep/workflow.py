@@ -44,7 +44,7 @@ class SweepOptions:
     samples: int = 1
     steps: int | None = 2
     batch: int = 8
-    chunk: int = 16
+    chunk: int = 32
     evolve: bool = True
 
 
