@@ -100,7 +100,7 @@ def arrange(
     kept: Int[np.ndarray, "p blocks"], ways: int, size: int
 ) -> tuple[Int[np.ndarray, "size blocks"], Int[np.ndarray, " p"]]:
     """``size`` rows for ``ways`` devices, and where each candidate went: in order, so that neighbours start alike, and
-    evenly; the last of each device repeats, which costs it the last block only."""
+    evenly; the last of each device repeats, which costs nothing."""
     order = np.lexsort(kept.T[::-1])
     full, rows = np.empty((ways, size // ways, kept.shape[1]), np.int32), np.empty(len(kept), np.int64)
     for way, mine in enumerate(np.array_split(order, ways)):
@@ -130,9 +130,15 @@ def each_velocity(denoiser, envelope, params, conditions, inputs, candidates, re
     (whole,), states = denoiser(*arguments, reducer=lambda _, image, __, text: (image, text))
     whole = whole.astype(jnp.float32)
 
-    def run(known, kept):
-        (velocity,), known = denoiser(*arguments, kept=kept, known=known)
-        return known, reduce(velocity.astype(jnp.float32), whole)
+    def run(last, kept):
+        known, _ = last
+
+        def fresh():
+            (velocity,), after = denoiser(*arguments, kept=kept, known=known)
+            return after, reduce(velocity.astype(jnp.float32), whole)
+
+        last = jax.lax.cond(jnp.all(kept == known[0]), lambda: last, fresh)
+        return last, last[1]
 
     blocks = jnp.arange(candidates.shape[1], dtype=candidates.dtype)
-    return jax.lax.scan(run, (blocks, states), candidates)[1]
+    return jax.lax.scan(run, ((blocks, states), reduce(whole, whole)), candidates)[1]

@@ -58,7 +58,7 @@ def main():
     rng = np.random.Generator(np.random.Philox(0))
     chosen = [sets[k] for k in rng.choice(len(sets), min(len(sets), options.candidates), replace=False)]
     mesh = make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-    population = Population(system, generator.envelopes, calibration, mesh=mesh, chunk=32)
+    population = Population(system, generator.envelopes, calibration, mesh=mesh, chunk=options.candidates)
     denoiser, params, guided = system.definitions[DENOISER], system.on_device[DENOISER], calibration.guided
     told = f"{blocks + 1} layers, {len(calibration.calls)} calls of {options.prompts} prompts, guidance {guided}"
     print(f"{options.checkpoint}: {told}")
