@@ -11,7 +11,7 @@ KEEP_MEMORY := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[clips,dev,npu]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[clips,dev,npu,sweep]"
 	touch $@
 
 demo: $(VENV)/installed

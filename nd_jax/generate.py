@@ -95,6 +95,10 @@ class Generator:
         """Denoiser programs compiled so far."""
         return sum(stage.compilations for stages in self._stages.values() for stage in stages)
 
+    def stage_programs(self, *, guided: bool) -> list[CountingJit]:
+        """The denoiser of every stage, as ``latents`` runs it: of (params, conditions, *sampler's inputs, kept=)."""
+        return self._stages[guided, False]
+
     def noise(self, seed: int, samples: Sequence[int | str], latent_frames: int | None = None) -> Noise:
         """Named noise: sample n of a seed is the same whatever else is in the batch, and in every runtime."""
         count = self.latent_frames if latent_frames is None else latent_frames

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jinja2
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from nd_jax.outputs import new_file
@@ -106,6 +107,60 @@ class Bars:
 
 
 @dataclass(frozen=True)
+class HeatMap:
+    """A matrix as colours; what is not finite stays blank. ``signed``: 0 in the middle of the colours."""
+
+    title: str
+    values: np.ndarray
+    rows: Sequence[object]
+    columns: Sequence[object]
+    x_label: str
+    note: str = ""
+    signed: bool = False
+    kind: str = field(default="picture", init=False)
+
+    @property
+    def picture(self) -> str:
+        height, width = self.values.shape
+        figure = Figure(figsize=(2.5 + 0.32 * width, 1.2 + 0.32 * height))
+        axis = figure.subplots()
+        limit = float(np.nanmax(np.abs(self.values), initial=0.0)) or 1.0
+        options = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if self.signed else {"cmap": "viridis"}
+        image = axis.imshow(np.ma.masked_invalid(self.values), aspect="auto", interpolation="nearest", **options)
+        axis.set_xticks(range(width), [str(name) for name in self.columns], fontsize=8)
+        axis.set_yticks(range(height), [str(name) for name in self.rows], fontsize=8)
+        axis.set(xlabel=self.x_label)
+        figure.colorbar(image)
+        return svg_uri(figure, self.title)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Groups of points, ``{label: [(x, y)]}``; those named in ``joined`` with a line. The y axis is logarithmic."""
+
+    title: str
+    groups: Mapping[str, Sequence[tuple[float, float]]]
+    x_label: str
+    y_label: str
+    joined: frozenset[str] | set[str] = frozenset()
+    note: str = ""
+    kind: str = field(default="picture", init=False)
+
+    @property
+    def picture(self) -> str:
+        figure = Figure(figsize=(7, 4))
+        axis = figure.subplots()
+        for order, (label, points) in enumerate(self.groups.items()):
+            xs, ys = zip(*points, strict=True) if points else ((), ())
+            size = 3 if order == 0 else 6
+            axis.plot(xs, ys, "o-" if label in self.joined else "o", label=label, markersize=size, linewidth=1)
+        axis.set(xlabel=self.x_label, ylabel=self.y_label, yscale="log")
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=8)
+        return svg_uri(figure, self.title)
+
+
+@dataclass(frozen=True)
 class Pictures:
     """PNG files with a caption each."""
 
@@ -119,7 +174,7 @@ class Pictures:
         return [(caption, data_uri(path, "image/png")) for caption, path in self.pictures]
 
 
-Section = Table | Gallery | Curves | Bars | Pictures
+Section = Table | Gallery | Curves | Bars | HeatMap | Points | Pictures
 
 
 def svg_uri(figure: Figure, name: str) -> str:

@@ -23,7 +23,7 @@ from nd_jax.models.mmdit_block import Block, Group, LastBlock, spread, xavier
 from nd_jax.models.mmdit_config import MMDiTConfig
 from nd_jax.models.norms import AdaLayerNorm, modulate
 from nd_jax.models.positions import rope_tables, spatial_positions
-from nd_jax.models.stacked import stack
+from nd_jax.models.stacked import run_chosen, stack
 
 __all__ = ["BlockStates", "Layout", "MMDiT", "MMDiTConfig", "definition", "unstack"]
 
@@ -46,6 +46,10 @@ class BlockStates(NamedTuple):
     image: Float[Array, "k b l d"]
     text: Float[Array, "k n s d"]
     last_image: Float[Array, "b l d"]
+
+
+Known = tuple[Int[Array, " k"], tuple[Float[Array, "k b l d"], Float[Array, "k b*g s d"]]]
+"""A list of stacked blocks, and image and text tokens after each of them."""
 
 
 class MMDiT(nnx.Module):
@@ -79,6 +83,7 @@ class MMDiT(nnx.Module):
         reducer: Callable[..., Any] | None = None,
         remat: str | None = None,
         kept: Int[Array, " k"] | None = None,
+        known: Known | None = None,
     ) -> Any:
         """Predict the velocity of each group's current clip.
 
@@ -95,10 +100,13 @@ class MMDiT(nnx.Module):
             remat: "none", "full" (keep block inputs only) or "dots" (keep the results of dense products).
             kept: run these stacked blocks only, in this order. Data, not structure: every selection of so many blocks
                 is the same program. Needs stacked parameters, not ``unstack``'s.
+            known: what another call with the same inputs has found of other ``kept`` blocks. Those with which both
+                lists start are not run again, and lists may be filled up with -1, so that selections of any length are
+                the same program. No gradient.
 
         Returns:
             Predictions [B, T, H, W, C], one per group; with ``return_blocks`` and/or ``reducer`` a tuple
-            ``(predictions[, BlockStates][, reduced])``.
+            ``(predictions[, BlockStates][, reduced])``; with ``known`` ``(predictions, known of these blocks)``.
 
         Raises:
             UserError: inputs whose sizes do not fit each other or the network.
@@ -126,7 +134,12 @@ class MMDiT(nnx.Module):
         def chosen(carry, index):
             return body(carry, jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacked))
 
-        if kept is None:
+        if known is not None:
+            if kept is None or return_blocks or reducer:
+                raise UserError("MMDiT: known tokens go with kept blocks, and neither return_blocks nor reducer")
+            carry, known = run_chosen(chosen, (image, text), kept, known)
+            out = None, None
+        elif kept is None:
             carry, out = over_layers(self._remat(body, remat, looped=True), (image, text), stacked)
         else:
             carry, out = jax.lax.scan(self._remat(chosen, remat, looped=True), (image, text), kept)
@@ -141,6 +154,7 @@ class MMDiT(nnx.Module):
         image = self.hooks.constrain(self._remat(last, remat, looped=False)(image, text, state), "image")
         predictions = self._predict(image, conditioning, groups, sample, history=return_blocks)
         extras = ([BlockStates(*states, image)] if return_blocks else []) + ([reduced] if reducer else [])
+        extras += [] if known is None else [known]
         return (predictions, *extras) if extras else predictions
 
     def _remat(self, body: Callable, remat: str | None, *, looped: bool) -> Callable:

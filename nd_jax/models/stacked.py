@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Int
 
 from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 
@@ -66,3 +68,32 @@ def scan_stack(
         return hooks.gather(w.astype(dtype or w.dtype) if path[-1] == "kernel" else w, "/".join(map(str, path)))
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, state)
+
+
+def run_chosen(
+    step: Callable[[Any, Int[Array, ""]], tuple[Any, Any]],
+    carry: Any,
+    kept: Int[Array, " k"],
+    known: tuple[Int[Array, " k"], Any],
+) -> tuple[Any, tuple[Int[Array, " k"], Any]]:
+    """The carry after the layers ``kept``, a list that -1 may fill up at its end; and what is known then.
+
+    ``step(carry, layer) -> (carry, out)`` runs a layer by its number. ``known`` is another such list, and the carry
+    after each place of it on a leading axis: as long as the lists agree, nothing has to run.
+    """
+    before, states = known
+    shared = jnp.sum(jnp.cumprod((kept == before) & (kept >= 0)))
+
+    def enter(first: Array, after: Array) -> Array:
+        last = jax.lax.dynamic_index_in_dim(after, jnp.maximum(shared - 1, 0), keepdims=False)
+        return jnp.where(shared > 0, last, first)
+
+    def run(place: Array, both: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, states = both
+        carry, _ = step(carry, kept[place])
+        write = jax.lax.dynamic_update_index_in_dim
+        return carry, jax.tree.map(lambda after, x: write(after, x, place, 0), states, carry)
+
+    carry = jax.tree.map(enter, carry, states)
+    carry, states = jax.lax.fori_loop(shared, jnp.sum(kept >= 0), run, (carry, states))
+    return carry, (kept, states)

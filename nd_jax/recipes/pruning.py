@@ -144,6 +144,16 @@ def population(blocks: int, drops: Sequence[Sequence[int]]) -> Int[np.ndarray, "
     return np.stack([kept_blocks(blocks, drop) for drop in drops])
 
 
+def ragged_population(blocks: int, drops: Sequence[Sequence[int]]) -> Int[np.ndarray, "p blocks"]:
+    """Candidates that need not drop equally many: kept blocks, filled up with -1. The denoiser takes a row of it as
+    ``kept`` together with the whole network's ``known`` tokens."""
+    filled = np.full((len(drops), blocks), -1, np.int32)
+    for row, drop in zip(filled, drops, strict=True):
+        kept = kept_blocks(blocks, drop)
+        row[: len(kept)] = kept
+    return filled
+
+
 def remove_blocks(
     config: MMDiTConfig, params: Params, drop: Sequence[int]
 ) -> tuple[MMDiTConfig, Params, tuple[int, ...]]:
