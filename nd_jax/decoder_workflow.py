@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from nd_jax.converters.component import load_component, save_component
 from nd_jax.converters.folders import load_folder
 from nd_jax.converters.safetensors_io import TensorFile
 from nd_jax.data.buckets import Size
-from nd_jax.data.pipeline import batches
 from nd_jax.decoder_clips import SHARES, held_out_clips, training_source
 from nd_jax.decoder_report import compare_decoders, encode, write_figures
 from nd_jax.errors import UserError
@@ -32,7 +30,7 @@ from nd_jax.training.checkpoint import load_tree
 from nd_jax.training.cluster import once
 from nd_jax.training.loop import Outcome, train
 from nd_jax.training.paths import named_leaves
-from nd_jax.workflow import open_data
+from nd_jax.workflow import open_data, process_batches
 
 FIT_CLIPS = 24
 """Clips that the coarse start is fitted to."""
@@ -93,17 +91,7 @@ def train_decoder(
         chosen = np.linspace(0, len(source) - 1, min(FIT_CLIPS, len(source))).astype(int)
         videos = np.stack([source[int(index)]["video"] for index in chosen])
         fit = fit_colours(encode(teacher, params, videos), videos)
-    batch, count = run.recipe.batch, jax.process_count()
-    if batch % count:
-        raise UserError(f"data: a batch of {batch} for {count} processes; expected a multiple")
-    stream = batches(
-        source,
-        batch // count,
-        seed=run.loop.seed,
-        keys=("video",),
-        process_index=jax.process_index(),
-        process_count=count,
-    )
+    stream = process_batches(source, run.recipe.batch, run.loop.seed, keys=("video",))
     outcome = train(
         recipe,
         Feed(stream, recipe.batch_spec()),
@@ -111,7 +99,7 @@ def train_decoder(
         Path(out),
         preset=f"{preset.name}/{name}",
         settings=as_settings(run),
-        pinned={"batch": batch},
+        pinned={"batch": run.recipe.batch},
         given=(recipe.frozen(params, weights), fit),
         quiet=quiet,
     )

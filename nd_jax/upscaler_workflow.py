@@ -14,7 +14,6 @@ import numpy as np
 from nd_jax.converters.component import save_component
 from nd_jax.data.clips import read_video
 from nd_jax.data.patches import PatchSource
-from nd_jax.data.pipeline import batches
 from nd_jax.errors import UserError
 from nd_jax.models.functional import Params
 from nd_jax.models.quicksrnet import QuickSRNetConfig, definition, enlarge
@@ -24,7 +23,9 @@ from nd_jax.recipes.preset import Preset, UpscalerRun, as_settings
 from nd_jax.recipes.upscaler import UpscalerRecipe, interpolated, reduced
 from nd_jax.recipes.upscaler_start import fit_filters, has_room, linear_start
 from nd_jax.training.checkpoint import load_tree
+from nd_jax.training.cluster import once
 from nd_jax.training.loop import Outcome, train
+from nd_jax.workflow import process_batches
 
 RESULT, FIGURES = "super_resolution", "upscaler.json"
 FIT_PICTURES = 128
@@ -117,17 +118,8 @@ def train_upscaler(
     banned = {Path(path).resolve() for path in held_out}
     used = [path for path in map(Path, videos) if path.resolve() not in banned]
     source = PatchSource(used, size=run.recipe.size, seed=run.loop.seed, most=run.recipe.most)
-    recipe, count = UpscalerRecipe(run.network, run.recipe), jax.process_count()
-    if run.recipe.batch % count:
-        raise UserError(f"data: a batch of {run.recipe.batch} for {count} processes; expected a multiple")
-    stream = batches(
-        source,
-        run.recipe.batch // count,
-        seed=run.loop.seed,
-        keys=("image",),
-        process_index=jax.process_index(),
-        process_count=count,
-    )
+    recipe = UpscalerRecipe(run.network, run.recipe)
+    stream = process_batches(source, run.recipe.batch, run.loop.seed, keys=("image",))
     outcome = train(
         recipe,
         Feed(stream, recipe.batch_spec()),
@@ -142,10 +134,14 @@ def train_upscaler(
     if not outcome.finished:
         return outcome, None
     params = load_tree(out)
-    save_component(out / RESULT, run.network, params, overwrite=True)
+    once(lambda: save_component(out / RESULT, run.network, params, overwrite=True), "writing the network")
     figures = measure(run.network, params, held_out)
-    if figures:
+
+    def write() -> None:
         content = {each: {**dataclasses.asdict(value), "gain": value.gain} for each, value in figures.items()}
         with new_file(out / FIGURES, overwrite=True) as part:
             part.write_text(json.dumps(content, indent=2) + "\n")
+
+    if figures:
+        once(write, "writing the figures")
     return outcome, figures

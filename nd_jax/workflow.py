@@ -27,7 +27,7 @@ from nd_jax.data.buckets import Size, size_name
 from nd_jax.data.caption_source import CaptionSource
 from nd_jax.data.captions import caption, plain_caption
 from nd_jax.data.latents import check_finite, write_latents
-from nd_jax.data.pipeline import batches
+from nd_jax.data.pipeline import BatchIterator, batches
 from nd_jax.data.shard_sources import open_latents
 from nd_jax.data.tokenizers import train_tokenizers
 from nd_jax.data.videos import bucket_of, check_record, open_split
@@ -164,7 +164,7 @@ def train_codec(
     else:
         raise UserError("codec: no clips to train on; expected a dataset or --videos FILE ...")
     recipe = CodecRecipe(network, recipe_config, source.height, source.width)
-    stream = _stream(source, recipe_config.batch, run.loop.seed, keys=("video",))
+    stream = process_batches(source, recipe_config.batch, run.loop.seed, keys=("video",))
     mesh = make_mesh(run.loop.mesh)
     outcome = _train(preset, "codec", recipe, Feed(stream, recipe.batch_spec()), run, out, mesh=mesh, quiet=quiet)
     if outcome.finished:
@@ -173,7 +173,8 @@ def train_codec(
     return outcome
 
 
-def _stream(source: Any, batch: int, seed: int, **options: Any):
+def process_batches(source: Any, batch: int, seed: int, **options: Any) -> BatchIterator:
+    """``pipeline.batches`` of this process's part of every batch. Raises UserError where it does not divide."""
     count = jax.process_count()
     if batch % count:
         raise UserError(f"data: a batch of {batch} for {count} processes; expected a multiple")
@@ -275,7 +276,7 @@ def train_text(
     worlds = {world.objects: world for world in WORLDS.values()}  # captions know the number of objects only
     recipe_config = run.recipe
     source = CaptionSource(list(worlds.values()), recipe_config.captions, seed=run.loop.seed, loose=recipe_config.loose)
-    stream = _stream(source, run.recipe.batch, run.loop.seed, keys=("labels",), tokenizers=readers)
+    stream = process_batches(source, run.recipe.batch, run.loop.seed, keys=("labels",), tokenizers=readers)
     return _train(preset, "text", recipe, Feed(stream, recipe.batch_spec()), run, out, quiet=quiet)
 
 
@@ -339,7 +340,7 @@ def train_flow(
     check_vocabularies(readers, config)
     columns = [recipe.column_sizes.count(index) for index in range(len(sizes))]
     streams = [
-        _stream(
+        process_batches(
             source,
             run.recipe.batch * count // len(recipe.columns),
             run.loop.seed + index,

@@ -94,12 +94,17 @@ def once(work: Callable[[], Any], name: str) -> None:
             work()
         except Exception as failed:
             error = failed
+    raise_together(error, f"{name} failed on process 0, whose message says why")
+
+
+def raise_together(error: Exception | None, told: str) -> None:
+    """Raises the first process's ``error``, if it has one, there, and a UserError that says ``told`` on the others."""
     if jax.process_count() > 1:
         import numpy as np
         from jax.experimental import multihost_utils
 
         failed = bool(multihost_utils.broadcast_one_to_all(np.int32(error is not None)))
         if failed and error is None:
-            error = UserError(f"{name} failed on process 0, whose message says why")
+            error = UserError(told)
     if error is not None:
         raise error

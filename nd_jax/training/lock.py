@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from nd_jax.errors import UserError
+from nd_jax.training.cluster import raise_together
 
 NAME = "run.lock"
 """Inside a run's folder. It stays there; only the lock on it counts, so no crash leaves a folder locked."""
@@ -33,12 +32,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             file = _locked(folder / NAME)
         except UserError as error:
             refusal = error
-    if jax.process_count() > 1:
-        refused = bool(multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)))
-        if refused and refusal is None:
-            refusal = UserError(f"run folder {folder} was refused to process 0, whose message says why")
-    if refusal is not None:
-        raise refusal
+    raise_together(refusal, f"run folder {folder} was refused to process 0, whose message says why")
     try:
         yield
     finally:
