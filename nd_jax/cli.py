@@ -48,6 +48,10 @@ VERBS = {
     "npu run": "nd_jax.commands.npu:npu_run",
     "npu inspect": "nd_jax.commands.npu:npu_inspect",
     "npu judge": "nd_jax.commands.npu:npu_judge",
+    "npu compile": "nd_jax.commands.hexagon:npu_compile",
+    "npu emulate": "nd_jax.commands.hexagon:npu_emulate",
+    "npu handover": "nd_jax.commands.hexagon:npu_handover",
+    "npu compare": "nd_jax.commands.hexagon:npu_compare",
     "verify": "nd_jax.commands.verify:verify",
 }
 
@@ -79,6 +83,10 @@ SUMMARIES = {
     "npu run": "a video from a bundle, without JAX",
     "npu inspect": "operators, bytes, SNR and estimates of a bundle",
     "npu judge": "a shapes bundle's videos beside JAX's",
+    "npu compile": "Hexagon context binaries of a bundle's graphs",
+    "npu emulate": "compiled graphs in Qualcomm's emulator: SNR, whole videos",
+    "npu handover": "binaries, vectors and scripts for a phone engineer",
+    "npu compare": "what came back from a device: SNR, latencies",
     "verify": "recompute golden cases and compare",
 }
 

@@ -9,10 +9,17 @@ from pathlib import Path
 
 from nd_jax.checked_files import read_json
 from nd_jax.converters.bundle.build import PROBE, Source, write_float_bundle
-from nd_jax.converters.bundle.calibration import SPLITS, open_calibration, record, write_calibration
+from nd_jax.converters.bundle.calibration import (
+    SPLITS,
+    Calibration,
+    open_calibration,
+    record,
+    write_calibration,
+)
 from nd_jax.converters.bundle.deploy import deploy
 from nd_jax.converters.bundle.quantise import WEIGHT_TYPES
 from nd_jax.converters.bundle.writer import BundleWriter
+from nd_jax.converters.hexagon import vectors
 from nd_jax.converters.runtime.manifest import Bundle
 from nd_jax.converters.runtime.pipeline import Pipeline
 from nd_jax.errors import UserError
@@ -134,13 +141,24 @@ def quantised(
     def then(writer: BundleWriter) -> None:
         graphs = writer.content["graphs"]
         if calibration is not None:
-            deploy(writer, open_calibration(calibration, graphs), overrides, say)
+            deploy_recorded(writer, open_calibration(calibration, graphs), overrides, say)
             return
         with tempfile.TemporaryDirectory() as temporary:
             record_bundle(Bundle(writer.folder), Path(temporary), prompts, samples=samples, seed=seed)
-            deploy(writer, open_calibration(Path(temporary), graphs), overrides, say)
+            deploy_recorded(writer, open_calibration(Path(temporary), graphs), overrides, say)
 
     return then
+
+
+def deploy_recorded(
+    writer: BundleWriter,
+    calibration: Calibration,
+    overrides: Mapping[str, Mapping[str, str]],
+    say: Callable[[str], None],
+) -> None:
+    """Quantise and measure, and keep a few runs of the test split in the bundle, for emulators and devices."""
+    deploy(writer, calibration, overrides, say)
+    writer.content[vectors.KEY] = vectors.write_vectors(writer.folder, vectors.from_calibration(calibration))
 
 
 def read_overrides(path: Path | None) -> Mapping[str, Mapping[str, str]]:

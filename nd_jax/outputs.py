@@ -23,6 +23,7 @@ _OURS = (
     "targets.bin",
     "bundle.json",
     "calibration.json",
+    "handover.json",
 )
 
 

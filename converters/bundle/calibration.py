@@ -150,13 +150,14 @@ def _open(folder: Path, graphs: Mapping[str, Any]) -> Calibration:
                 )
             sides = {"inputs": "inputs"} if split == "calibration" else {"inputs": "inputs", "outputs": "outputs"}
             for side in sides:
-                _check_arrays(folder, content, entry, side, name, graph[side])
+                check_arrays(folder, content, entry, side, name, graph[side])
     return Calibration(folder, content)
 
 
-def _check_arrays(
+def check_arrays(
     folder: Path, content: Mapping[str, Any], entry: Mapping[str, Any], side: str, graph: str, expected: Mapping
 ) -> None:
+    """Raises UserError unless a split's arrays have the ``expected`` shapes, by name, and their files these sizes."""
     shapes = {name: stored["shape"] for name, stored in entry[side].items()}
     if shapes != {name: list(shape) for name, shape in expected.items()}:
         wrong = [name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name)]

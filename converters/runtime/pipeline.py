@@ -25,14 +25,22 @@ class Pipeline:
         bundle: the folder.
         precision: "deployed" (what each graph is meant to run in, where the bundle has it) or "fp32".
         threads: of onnxruntime; 0: its own choice.
+        opener: opens what stands in for a graph's session, such as an NPU's; default: onnxruntime's CPU provider.
 
     Raises:
         BundleError: for whatever is wrong with the bundle.
     """
 
-    def __init__(self, bundle: Bundle | str | Path, *, precision: str = "deployed", threads: int = 0):
+    def __init__(
+        self,
+        bundle: Bundle | str | Path,
+        *,
+        precision: str = "deployed",
+        threads: int = 0,
+        opener: Callable[[str], Any] | None = None,
+    ):
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-        self.sessions = Sessions(self.bundle, precision, threads)
+        self.sessions = Sessions(self.bundle, precision, threads, opener)
         self.statistics = Statistics(self.bundle["latent"])
         self.plan = Plan.from_dict(self.bundle["sampling"], len(self.bundle["denoiser"]["stages"]))
         text = self.bundle["text"]

@@ -19,11 +19,18 @@ class Sessions:
     """onnxruntime sessions of a bundle's graphs on the CPU provider.
 
     ``precision`` chooses a graph's form: "fp32", or "deployed" for what each graph is meant to run in, where it is in
-    the bundle. ``watch``, if set, sees every run: graph, inputs, outputs.
+    the bundle. ``watch``, if set, sees every run: graph, inputs, outputs. ``opener(graph)``, if given, opens what
+    stands in for a graph's session: an NPU's, or its emulator's.
     """
 
-    def __init__(self, bundle: Bundle, precision: str = "deployed", threads: int = 0):
-        self.bundle, self.precision, self.threads = bundle, precision, threads
+    def __init__(
+        self,
+        bundle: Bundle,
+        precision: str = "deployed",
+        threads: int = 0,
+        opener: Callable[[str], Any] | None = None,
+    ):
+        self.bundle, self.precision, self.threads, self.opener = bundle, precision, threads, opener
         self.watch: Watch | None = None
         self.peak = 0
         """Most bytes of weights that were resident at once."""
@@ -44,6 +51,15 @@ class Sessions:
         """Open a graph. Raises BundleError if its inputs and outputs are not the manifest's."""
         if name in self._open:
             return
+        session = self._cpu(name) if self.opener is None else self.opener(name)
+        for side, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+            shapes = {each.name: list(each.shape) for each in found}
+            if shapes != dict(self.bundle.graph(name)[side]):
+                raise BundleError(f"{self.bundle.folder}, graph {name}: its {side} are not those of the manifest")
+        self._open[name] = session
+        self.peak = max(self.peak, self.resident())
+
+    def _cpu(self, name: str) -> Any:
         try:
             import onnxruntime
         except ImportError:
@@ -57,12 +73,7 @@ class Sessions:
             raise BundleError(f"{path} does not load ({error})") from None
         if session.get_providers() != ["CPUExecutionProvider"]:
             raise BundleError(f"{path} runs on {session.get_providers()}; expected the CPU provider")
-        for side, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
-            shapes = {each.name: list(each.shape) for each in found}
-            if shapes != dict(self.bundle.graph(name)[side]):
-                raise BundleError(f"{path}: its {side} are not those of the manifest")
-        self._open[name] = session
-        self.peak = max(self.peak, self.resident())
+        return session
 
     def unload(self, name: str) -> None:
         """Close a graph and free its memory."""
