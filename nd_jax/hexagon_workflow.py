@@ -46,9 +46,14 @@ def lines_and_labels(
     return lines, labels
 
 
+def has_vectors(bundle: Bundle) -> bool:
+    """Whether a bundle was built with test vectors, or has got some since."""
+    return vectors.KEY in bundle.content
+
+
 def need_vectors(bundle: Bundle, lines: Sequence[str], *, seed: int, say: Say) -> None:
     """Record test vectors with the float32 graphs and put them into the bundle, unless it has some."""
-    if vectors.KEY in bundle.content:
+    if has_vectors(bundle):
         return
     say("the bundle has no test vectors: recording some with its float32 graphs")
     recorder = record(Pipeline(bundle, precision="fp32"), lines[:2], vectors.MOST, seed=seed)

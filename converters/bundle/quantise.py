@@ -29,6 +29,8 @@ MARGIN = 2.0
 """Ranges are widened by this: 16 bits have room for it, and values beyond a recorded range would be cut off."""
 KNOWN = {"cosines": (-1.0, 1.0), "sines": (-1.0, 1.0), "sinusoid": (-1.0, 1.0), "bias*": (-100.0, 0.0)}
 """Ranges of inputs that are known without recording."""
+FIXED = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 32767 / 32768)}
+"""Ranges that the NPU's operators have whatever a graph says: a bias behind another one would be scaled wrongly."""
 WEIGHT_TYPES = {"int8": np.int8, "int16": np.int16}
 Overrides = Mapping[str, str]
 """Patterns of weight names to "int8" or "int16"."""
@@ -53,7 +55,7 @@ def value_groups(graph: onnx.GraphProto) -> dict[str, str]:
 def activation_encodings(graph: onnx.GraphProto, ranges: Mapping[str, Range]) -> dict[str, Encoding]:
     """One encoding for every value, from the widened ranges of all values of its group; softmax is 0 to 1."""
     groups, widest = value_groups(graph), {}
-    fixed = {node.output[0]: (0.0, 1.0) for node in graph.node if node.op_type == "Softmax"}
+    fixed = {node.output[0]: FIXED[node.op_type] for node in graph.node if node.op_type in FIXED}
     for pattern, known in KNOWN.items():
         fixed |= {value.name: known for value in graph.input if fnmatch.fnmatchcase(value.name, pattern)}
     for name, (low, high) in ranges.items():
@@ -123,7 +125,9 @@ class Quantiser:
             scale = self.channels(node).scale * self.activations[node.input[0]].scale
             integers = np.rint(array.astype(np.float64) / scale).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)
             encoding = Encoding(scale.astype(np.float32), np.zeros(scale.shape, np.int32), 0)
-            return self.dequantised(name, integers, encoding, own=f"/{self.graph.name}")
+            # Once for every input: a layer that is used twice has inputs of two scales, and the NPU reads a bias's
+            # integers at the scale of the products, not at the one that is written beside them.
+            return self.dequantised(name, integers, encoding, own=f"/{self.graph.name}/{node.input[0]}")
         if node.op_type in NORMS and index == 1:
             encoding = activation_encoding(float(array.min()), float(array.max()), np.uint8)
             return self.dequantised(name, quantise(array, encoding), encoding)
@@ -159,12 +163,25 @@ class Quantiser:
         for op, given, made in (("QuantizeLinear", source, integers), ("DequantizeLinear", integers, target)):
             self.nodes.append(helper.make_node(op, [given, scale, zero], [made], name=f"{name}/{op}"))
 
+    def signed(self, real: str, name: str) -> str:
+        """``real``, the value of ``name``, once more, as signed 16-bit integers: what a product of two values takes as
+        its second. Where that is unsigned, onnxruntime-qnn 2.7.0 puts 8 bits in its place and says nothing."""
+        target = f"{name}/signed"
+        if target not in self._real:
+            scale, zero = (float(x) for x in self.activations[name][:2])
+            reach = max(zero, 65535 - zero) * scale
+            self.activations[target] = Encoding(np.float32(reach / 32767).reshape(()), np.array(0, np.int16))
+            self.pair(real, target, target)
+            self._real.add(target)
+        return target
+
     def run(self) -> onnx.GraphProto:
         """The quantised graph, with the names of inputs, outputs and operators that the float one has."""
         self.make_room()
         inputs = {value.name: f"{value.name}/real" for value in self.graph.input}
         for name, real in inputs.items():
             self.pair(name, real, name)
+        made = {name for node in self.graph.node for name in node.output} | set(inputs)
         for node in self.graph.node:
             new = onnx.NodeProto()
             new.CopyFrom(node)
@@ -173,6 +190,8 @@ class Quantiser:
                     new.input[index] = self.weight(node, index)
                 elif name in inputs:
                     new.input[index] = inputs[name]
+                if node.op_type == "MatMul" and index == 1 and name in made:
+                    new.input[index] = self.signed(new.input[index], name)
             new.output[:] = [f"{name}/float" for name in node.output]
             self.nodes.append(new)
             for name in node.output:
