@@ -28,6 +28,8 @@ class Phone:
 
     graphs: dict[str, Any]
     videos: UInt8[np.ndarray, "n t h w 3"]
+    hexagon: dict[str, Any] | str = "not run here"
+    """Entries of the compiled graphs, or why there are none."""
 
     def summary(self) -> dict[str, Any]:
         """JSON-ready figures: dB by graph."""
@@ -39,6 +41,7 @@ def phone_bundle(
 ) -> Phone | None:
     """Build the bundle and make its first videos; None, with a word about it, where the extra is missing."""
     try:
+        from nd_jax.demo_hexagon import hexagon_figures
         from nd_jax.npu_workflow import build_bundle, quantised
     except UserError as error:
         say(f"  bundle for phones: not run here ({error})")
@@ -51,7 +54,7 @@ def phone_bundle(
     build_bundle(system, out, overwrite=True, then=then)
     pipeline = Pipeline(out)
     made = [pipeline.video(text, seed=seed, sample_name=n) for n, text in enumerate(captions[:SHOWN])]
-    return Phone(dict(pipeline.bundle.graphs), np.stack(made))
+    return Phone(dict(pipeline.bundle.graphs), np.stack(made), hexagon_figures(out, say))
 
 
 def phone_sections(
@@ -81,9 +84,12 @@ def phone_sections(
             for kind, video in (("jax", jax[n]), ("graphs", made))
         ]
         videos.append((captions[n], pair))
+    from nd_jax.demo_hexagon import hexagon_section
+
     note = "SNR in dB: float32 graphs against JAX, deployed ones against float32 on recorded inputs."
     columns = ["graph", "precision", "float32 to JAX", "deployed", "goal"]
     return [
         Table("The student as graphs for a phone", columns, table, note),
+        hexagon_section(phone.hexagon),
         Gallery("The student's video in JAX, and of its phone graphs on this CPU", ["JAX", "W8A16 graphs"], videos),
     ]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
-
+from nd_jax.converters.graphs.builder import onnx  # with a word to people who have not installed it
 from nd_jax.converters.runtime.errors import BundleError
 from nd_jax.converters.runtime.files import NAME, shown
 
