@@ -197,6 +197,23 @@ def test_stages_share_their_weights(compiled_bundle):
 
 
 @needs_compiler
+def test_sizes(compiled_bundle):
+    from nd_jax.converters.hexagon.sizes import binary_sizes, resident, size_lines
+
+    bundle = Bundle(compiled_bundle)
+    sizes, apart = binary_sizes(bundle, "sm8750"), binary_sizes(bundle, "sc8380xp")
+    assert set(sizes) == {"adapter", "attention", "twice", "denoiser_shared"}
+    assert set(apart) == set(bundle.graphs)
+    assert resident(bundle, "sm8750") == {
+        "text": sizes["adapter"] + sizes["attention"],
+        "denoise": sizes["denoiser_shared"],
+        "decode": sizes["twice"],
+    }
+    assert resident(bundle, "sc8380xp")["denoise"] == sum(apart[name] for name in STAGES[:2])
+    assert "most at once" in list(size_lines(bundle, "sm8750"))[1]
+
+
+@needs_compiler
 def test_the_emulator_agrees_with_the_cpu(compiled_bundle):
     """Products of two values, a layer used twice and Tanh in front of a bias: each was wrong on the NPU alone once."""
     from nd_jax.converters.hexagon.emulate import emulate_graphs
@@ -294,6 +311,77 @@ def test_the_script_without_libraries_says_so(handed):
     )
     assert done.returncode != 0
     assert "QNN_SDK_ROOT" in done.stderr
+
+
+ADB = """\
+#!/bin/sh
+# A phone that is a folder of this machine.
+case "$1" in
+  shell) sh -c "$2" ;;
+  push) cp -r "$2" "$3" ;;
+  pull) cp -r "$2" "$3" ;;
+esac
+"""
+NET_RUN = """\
+#!/bin/sh
+# Answers what is expected, where qnn-net-run would write it.
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --input_list) list=$2 ;;
+    --output_dir) out=$2 ;;
+    --retrieve_context) [ -s "$2" ] || exit 3 ;;
+  esac
+  shift
+done
+k=0
+while read -r first rest; do
+  file=${first#*:=}
+  [ -s "$file" ] || exit 4
+  mkdir -p "$out/Result_$k"
+  for found in "$(dirname "$file")"/expected/*.raw; do
+    case "$(basename "$found")" in
+      out_text.raw) cp "$found" "$out/Result_$k/out/text.raw" || exit 5 ;;
+      *) cp "$found" "$out/Result_$k/" ;;
+    esac
+  done
+  k=$((k + 1))
+done < "$list"
+"""
+LIBRARIES = ("android/libQnnHtp.so", "android/libQnnSystem.so", "android/libQnnHtpV79Stub.so")
+
+
+@needs_compiler
+def test_the_script_for_phones(handed, compiled_bundle, tmp_path, run):
+    """With an adb and a qnn-net-run of straw: what is pushed where, and what is pulled, is what `npu compare` reads."""
+    folder, sdk = shutil.copytree(handed, tmp_path / "handover"), tmp_path / "sdk"
+    files = {f"lib/aarch64-{name}": "library" for name in LIBRARIES} | {"bin/aarch64-android/qnn-net-run": NET_RUN}
+    files["lib/hexagon-v79/unsigned/libQnnHtpV79Skel.so"] = "library"
+    for name, text in [*((sdk / name, text) for name, text in files.items()), (tmp_path / "bin" / "adb", ADB)]:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_text(text)
+    (tmp_path / "bin" / "adb").chmod(0o755)
+    place = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "QNN_SDK_ROOT": str(sdk)}
+    place["DEVICE_FOLDER"] = str(tmp_path / "phone")
+    done = subprocess.run(["bash", folder / "push_and_run.sh"], capture_output=True, text=True, env=place, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "phone" / "libQnnHtpV79Skel.so").exists()
+    code, out, err = run("npu", "compare", folder / "pulled", "--bundle", compiled_bundle, "--target", "sm8750")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert len(lines) == len(Bundle(compiled_bundle).graphs)
+    assert all("999.0 dB to float32" in line and line.endswith("not timed") for line in lines), out
+
+
+@needs_compiler
+def test_laptops_get_no_script_for_phones(compiled_bundle, tmp_path):
+    from nd_jax.converters.hexagon.handover import hand_over
+
+    hand_over(compiled_bundle, TARGETS["sc8380xp"], tmp_path)
+    assert not (tmp_path / "push_and_run.sh").exists()
+    page = (tmp_path / "README.md").read_text()
+    assert "Snapdragon X Elite" in page
+    assert "adb" not in page
+    assert "windows_run.py --out pulled" in page
 
 
 @needs_compiler

@@ -13,8 +13,8 @@ LARGEST = 1 << 32
 class Target(NamedTuple):
     """``number``: the compiler's ``soc_model``; ``arch``: of the Hexagon. ``tmacs``: 10^12 multiply-adds a second with
     8-bit weights and 16-bit activations, half the 8-bit rate; ``gigabytes``: memory traffic a second. The last two are
-    assumptions from published peak figures, not measurements. ``vtcm``: MB of on-chip memory; ``title``: what the chip
-    is sold as; ``windows``: it is a laptop's."""
+    assumptions from published peak figures, not measurements. ``title``: what the chip is sold as;
+    ``windows``: it is a laptop's."""
 
     name: str
     number: int
@@ -22,7 +22,6 @@ class Target(NamedTuple):
     tmacs: float
     gigabytes: float
     title: str
-    vtcm: int = 8
     windows: bool = False
 
 
@@ -30,13 +29,13 @@ TARGETS = {
     target[0]: Target(*target)
     for target in (
         # 45 TOPS, LPDDR5X-8448
-        ("sc8380xp", 60, "v73", 11.2, 135.0, "Snapdragon X Elite", 8, True),
+        ("sc8380xp", 60, "v73", 11.2, 135.0, "Snapdragon X Elite", True),
         # no published TOPS, taken as X Elite's; LPDDR5X-10667
         ("sm8750", 69, "v79", 11.2, 85.0, "Snapdragon 8 Elite"),
         # said to be a third faster
         ("sm8850", 87, "v81", 15.0, 85.0, "Snapdragon 8 Elite Gen 5"),
         # 80 TOPS
-        ("sc8480xp", 88, "v81", 20.0, 152.0, "Snapdragon X2 Elite", 8, True),
+        ("sc8480xp", 88, "v81", 20.0, 152.0, "Snapdragon X2 Elite", True),
         # no published TOPS, taken as half of X Elite's; LPDDR5X-8400
         ("sm8550", 43, "v73", 5.6, 67.0, "Snapdragon 8 Gen 2"),
         # no published TOPS, taken as three quarters of X Elite's; LPDDR5X-9600

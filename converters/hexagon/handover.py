@@ -50,10 +50,11 @@ def hand_over(source: Path, target: Target, folder: Path) -> list[str]:
     (folder / "metadata.yaml").write_text(metadata(graphs, files), encoding="utf-8")
     (folder / "io.json").write_text(json.dumps(graphs, indent=1) + "\n", encoding="utf-8")
     compiler = compiler_of(bundle, target.name)
-    script = folder / "push_and_run.sh"
-    outputs, counts = ({name: ends[key] for name, ends in graphs.items()} for key in ("outputs", "vectors"))
-    script.write_text(scripts.push_and_run(target, outputs, counts, compiler["sdk"]), encoding="utf-8")
-    script.chmod(0o755)
+    if not target.windows:
+        script = folder / "push_and_run.sh"
+        outputs, counts = ({name: ends[key] for name, ends in graphs.items()} for key in ("outputs", "vectors"))
+        script.write_text(scripts.push_and_run(target, outputs, counts, compiler["sdk"]), encoding="utf-8")
+        script.chmod(0o755)
     shutil.copyfile(windows_run.__file__, folder / "windows_run.py")
     (folder / "README.md").write_text(scripts.readme(target, compiler, graphs, bool(shared)), encoding="utf-8")
     stated = {

@@ -77,6 +77,8 @@ def push_and_run(target: Target, outputs: Mapping[str, Mapping[str, Any]], vecto
     )
 
 
+PHONE = "| `push_and_run.sh` | Android: adb and qnn-net-run |"
+LAPTOP = "| `windows_run.py` | Windows on Snapdragon, or any machine whose onnxruntime has the provider |"
 PAGE = """\
 # Hexagon binaries for {title} ({name}, soc_model {number}, {arch})
 
@@ -92,8 +94,7 @@ folder has never been on a device.** The emulator computes what the NPU computes
 | `metadata.yaml` | the same in the form of Qualcomm AI Hub's exports |
 | `vectors/GRAPH/K/*.raw` | a recorded run's inputs, little-endian float32 |
 | `vectors/GRAPH/K/expected/*.raw` | what the float32 graph gives for them |
-| `push_and_run.sh` | Android: adb and qnn-net-run |
-| `windows_run.py` | Windows on Snapdragon, or any machine whose onnxruntime has the provider |
+{scripts}
 | `handover.json` | sizes and checksums |
 
 Inputs and outputs are float32 and the binaries quantise for themselves: no scale is needed outside. A decoder's states
@@ -101,13 +102,18 @@ Inputs and outputs are float32 and the binaries quantise for themselves: no scal
 
 {table}
 
+{devices}"""
+
+ANDROID = """\
 ## Android
 
     QNN_SDK_ROOT=/path/to/qairt ./push_and_run.sh
     nd-jax npu compare pulled --bundle BUNDLE --target {name}
 
 Qualcomm's libraries come from your own QAIRT SDK, under its licence; none are in this folder.
+"""
 
+WINDOWS = """\
 ## Windows on Snapdragon
 
 Python for Arm64 (3.11 or later), in this folder:
@@ -138,4 +144,6 @@ def readme(target: Target, compiler: Mapping[str, str], graphs: Mapping[str, Map
         sdk=compiler["sdk"],
         shared=one + "emulator cannot load it" if shared else "not compiled for this target",
         table="\n".join(rows),
+        scripts=LAPTOP if target.windows else f"{PHONE}\n{LAPTOP}",
+        devices=WINDOWS if target.windows else ANDROID.format(name=target.name),
     )

@@ -39,6 +39,7 @@ def npu_compile(
         from nd_jax.converters.hexagon.compile import compile_graphs
         from nd_jax.converters.hexagon.extra import licence_line, require
         from nd_jax.converters.hexagon.shared import compile_shared, stage_graphs
+        from nd_jax.converters.hexagon.sizes import size_lines
         from nd_jax.converters.runtime.manifest import Bundle
 
         require()
@@ -48,6 +49,9 @@ def npu_compile(
         if shared and len(stages) > 1 and stages <= set(graphs or stages):
             for each in targets:
                 compile_shared(bundle, each, timeout=timeout * len(stages), say=say)
+        for each in targets:
+            for line in size_lines(Bundle(bundle), each.name):
+                say(line)
     print(bundle)
 
 
