@@ -212,8 +212,9 @@ def test_overrides_name_layers(system, recordings, tmp_path):
     then = quantised(recordings, [], samples=0, seed=0, overrides=overrides)
     bundle = Bundle(build_bundle(system, tmp_path / "bundle", check=False, then=then))
     names = {tensor.name for tensor in model_of(bundle, "decoder").graph.initializer}
-    assert "decoder/blocks/3/conv/0/kernel/int16" in names
+    assert {"decoder/blocks/3/conv/0/kernel/int8", "decoder/blocks/3/conv/0/kernel/rest/int8"} <= names
     assert "decoder/blocks/1/kernel/int8" in names
+    assert "decoder/blocks/1/kernel/rest/int8" not in names
     path.write_text('{"decoder": {"*": "int4"}}')
     with pytest.raises(UserError, match="int8 or int16"):
         read_overrides(path)

@@ -20,7 +20,7 @@ from nd_jax.converters.graphs.session import open_session, snr
 
 W8A16 = "w8a16"
 EXACT = 100.0
-"""dB from which a weight in 8 bits is as good as itself: averages over a group, for example."""
+"""dB from which a weight in 8 bits is as good as itself and needs no more: averages over a group, for example."""
 OVERRIDES: Mapping[str, Overrides] = {}
 """Default exceptions by graph: patterns of weight names to types."""
 
@@ -112,7 +112,6 @@ def wider(source: Path) -> list[Overrides]:
         return snr(arrays[name], dequantise(quantise(arrays[name], encoding), encoding))
 
     hurts = {name: hurt(name) for name in axes if name in arrays}
-    # What 8 bits hold exactly keeps them: the NPU's products with 16-bit weights are the less exact ones.
     weights = sorted((name for name in hurts if hurts[name] < EXACT), key=hurts.__getitem__)
     total, found = sum(arrays[name].size for name in weights), []
     for share in (0.1, 0.25, 0.5, 1.0):

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from nd_jax.converters.bundle.encodings import Encoding, activation_encoding, quantise, weight_encoding
+from nd_jax.converters.bundle.encodings import Encoding, activation_encoding, dequantise, quantise, weight_encoding
 from nd_jax.converters.bundle.ranges import Range
 from nd_jax.converters.graphs.builder import INLINE, DataFile, Weight, save_model
 from nd_jax.errors import UserError
@@ -33,7 +33,8 @@ FIXED = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 32767 / 32
 """Ranges that the NPU's operators have whatever a graph says: a bias behind another one would be scaled wrongly."""
 WEIGHT_TYPES = {"int8": np.int8, "int16": np.int16}
 Overrides = Mapping[str, str]
-"""Patterns of weight names to "int8" or "int16"."""
+"""Patterns of weight names to "int8" or "int16". 16 bits are two operators with 8-bit weights whose results are added:
+as many bytes, and the NPU computes them as exactly as 8 bits, which it does not do with 16-bit integers."""
 
 
 def value_groups(graph: onnx.GraphProto) -> dict[str, str]:
@@ -135,10 +136,37 @@ class Quantiser:
         return self.dequantised(name, quantise(array, encoding), encoding)
 
     def channels(self, node: onnx.NodeProto) -> Encoding:
-        """Encoding of an operator's weight."""
+        """Encoding of an operator's weight, or of the larger piece of a 16-bit one."""
         bias = self.weights[node.input[2]] if len(node.input) > 2 else None
-        dtype = weight_type(node.input[1], self.overrides)
-        return weight_encoding(self.weights[node.input[1]], CHANNEL_AXIS[node.op_type], dtype, bias)
+        return weight_encoding(self.weights[node.input[1]], CHANNEL_AXIS[node.op_type], bias=bias)
+
+    def wide(self, node: onnx.NodeProto) -> bool:
+        """Whether an operator has weights that take 16 bits."""
+        known = node.op_type in CHANNEL_AXIS and node.input[1] in self.weights
+        return known and weight_type(node.input[1], self.overrides) is np.int16
+
+    def add_pieces(self, node: onnx.NodeProto, new: onnx.NodeProto) -> None:
+        """``new``, which has the larger piece of the weights and the bias, plus the same with what that leaves."""
+        name, out, axis = node.input[1], node.output[0], CHANNEL_AXIS[node.op_type]
+        encoding = self.channels(node)
+        left = self.weights[name] - dequantise(quantise(self.weights[name], encoding), encoding)
+        scale, zero, _ = self.activations[node.input[0]]
+        others = tuple(k for k in range(left.ndim) if k != axis)
+        reach = float(np.abs(left).sum(axis=others).max()) * max(int(zero), 65535 - int(zero)) * float(scale)
+        low, high = (float(dequantise(np.array(end, np.uint16), self.activations[out])) for end in (0, 65535))
+        self.activations[f"{out}/most"] = activation_encoding(low - reach, high + reach)
+        self.activations[f"{out}/rest"] = activation_encoding(-reach, reach)
+        encoding = weight_encoding(left, axis)
+        weights = {"most": new.input[1], "rest": self.dequantised(f"{name}/rest", quantise(left, encoding), encoding)}
+        for piece, weight in weights.items():
+            part = onnx.NodeProto()
+            part.CopyFrom(new)
+            part.name, part.output[:] = f"{node.name}/{piece}", [f"{out}/{piece}/float"]
+            part.input[:] = [new.input[0], weight, *(new.input[2:] if piece == "most" else [])]
+            self.nodes.append(part)
+            self.pair(f"{out}/{piece}/float", f"{out}/{piece}", f"{out}/{piece}")
+        pieces = [f"{out}/{piece}" for piece in weights]
+        self.nodes.append(helper.make_node("Add", pieces, [f"{out}/float"], name=node.name))
 
     def make_room(self) -> None:
         """Widen the encodings of inputs so narrow that a bias behind them would not fit 32 bits."""
@@ -193,7 +221,10 @@ class Quantiser:
                 if node.op_type == "MatMul" and index == 1 and name in made:
                     new.input[index] = self.signed(new.input[index], name)
             new.output[:] = [f"{name}/float" for name in node.output]
-            self.nodes.append(new)
+            if self.wide(node):
+                self.add_pieces(node, new)
+            else:
+                self.nodes.append(new)
             for name in node.output:
                 self.pair(f"{name}/float", name, name)
         graph = helper.make_graph(self.nodes, self.graph.name, self.graph.input, self.graph.output)

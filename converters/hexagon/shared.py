@@ -81,11 +81,12 @@ def compile_shared(
 
 def separate_bytes(bundle: Bundle, target: str, names: list[str]) -> int:
     """Bytes of the stages' own binaries, 0 unless all are there."""
+    now = Bundle(bundle.folder)
     try:
-        entries = compiled(Bundle(bundle.folder), target)
+        entries = compiled(now, target)
     except BundleError:
         return 0
-    return sum(entries[name]["bytes"] for name in names) if set(names) <= set(entries) else 0
+    return sum(now.files[entries[name]["binary"]]["bytes"] for name in names) if set(names) <= set(entries) else 0
 
 
 def shared_files(bundle: Bundle, target: str) -> list[Path]:
