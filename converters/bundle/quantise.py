@@ -234,6 +234,16 @@ class Quantiser:
         return graph
 
 
+def stored_array(tensor: TensorProto, folder: Path) -> np.ndarray:
+    """A saved graph's constant; one that lies in a file beside it is mapped, so that memory holds one at a time."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if not place:
+        return numpy_helper.to_array(tensor)
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    path, offset = folder / place["location"], int(place.get("offset", 0))
+    return np.memmap(path, dtype, "r", offset=offset, shape=tuple(tensor.dims))
+
+
 def quantise_graph(
     source: Path, target: Path, data: DataFile, ranges: Mapping[str, Range], overrides: Overrides | None = None
 ) -> None:
@@ -241,8 +251,8 @@ def quantise_graph(
 
     ``ranges`` is what ``value_ranges`` found; graphs that share ``data`` share their weights.
     """
-    model = onnx.load(source)
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    model = onnx.load(source, load_external_data=False)
+    weights = {tensor.name: stored_array(tensor, source.parent) for tensor in model.graph.initializer}
     small = [tensor for tensor in model.graph.initializer if tensor.name.startswith(("integers/", "scales/"))]
     del model.graph.initializer[:]
     model.graph.initializer.extend(small)

@@ -4,8 +4,8 @@ Tokens are in order of time (text, then the clips oldest first), so what a clip 
 off statically; what is left to say is which keys are padding, one row for all queries of a clip. Only a clip of
 several frames needs a row for each query. Padded queries read something harmless: nothing reads them.
 
-Heads are pieces of [tokens, channels], as Qualcomm's own converters split them, so that only the keys are transposed,
-once a block: the HTP has no 16-bit product with a transposed second operand.
+Heads are pieces of [tokens, channels], as Qualcomm's own converters split them, and scores are Gemm with its second
+operand transposed: nothing is copied, and what onnxruntime-qnn makes of it keeps 16 bits of both.
 """
 
 from __future__ import annotations
@@ -111,7 +111,6 @@ def attend(
 ) -> list[Value]:
     """Attention of flat [tokens, width] arrays, group by group. ``q`` holds the groups' queries one after another."""
     width, first = q.shape[1], groups[0].start
-    keys = graph.transpose(k, 1, 0)
     seen = []
     for group in groups:
         with graph.scope(group.bias.replace("bias/", "")):
@@ -120,11 +119,14 @@ def attend(
                 bias = graph.slice(bias, 0, group.start, group.stop)
             pieces = [width // heads] * heads
             queries = graph.split(graph.slice(q, 0, group.start - first, group.stop - first), pieces, axis=1)
-            k_heads = graph.split(graph.slice(keys, 1, 0, group.keys), pieces, axis=0)
+            k_heads = graph.split(graph.slice(k, 0, 0, group.keys), pieces, axis=1)
             v_heads = graph.split(graph.slice(v, 0, 0, group.keys), pieces, axis=1)
             out = []
             for q_head, k_head, v_head in zip(queries, k_heads, v_heads, strict=True):
-                scores = graph.add(graph.matmul(q_head, k_head, "scores"), bias, "masked")
+                # A product that takes its second operand transposed: no layout copy, and 16 bits stay 16 bits.
+                shape = (q_head.shape[0], k_head.shape[0])
+                scores = graph.op("Gemm", [q_head, k_head], shape, "scores", transB=1)
+                scores = graph.add(scores, bias, "masked")
                 out.append(graph.matmul(graph.softmax(scores), v_head, "seen"))
             seen.append(graph.concat(out, axis=1))
     return seen
