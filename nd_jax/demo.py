@@ -205,6 +205,11 @@ def demo(
         )
         for name, s in systems.items()
     }
+    hybrid = "the student after the teacher's first frame"
+    judged[hybrid] = watch(
+        f"judge: {hybrid}",
+        lambda: evaluate_system(student, world, count=prompts, seed=seed, batch=16, teacher=teacher),
+    )
 
     # ---- graphs for a phone
     captions, _ = world_prompts(world, "seen", prompts, seed=seed + 1)
