@@ -58,7 +58,6 @@ def rounded_weights(path: Path, runs: Iterable[Mapping[str, np.ndarray]], roundi
     sim = aimet.QuantizationSimModel(
         model, param_type="int8", activation_type="int16", config_file=str(folder / CONFIG), dummy_input=inputs[0]
     )
-    sim.compute_encodings(inputs)
     if rounding.method == "adaround":
         aimet.apply_adaround(sim, inputs, rounding.iterations)
     else:
