@@ -10,8 +10,6 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-import tiny_system
-
 from nd_jax.converters.bundle.encodings import Encoding, quantise, weight_encoding
 from nd_jax.converters.bundle.quantise import quantise_graph
 from nd_jax.converters.bundle.ranges import value_ranges
@@ -44,16 +42,17 @@ def test_channels_that_are_all_bias_are_left_alone():
 
 @pytest.fixture(scope="module")
 def upscaler(tmp_path_factory):
-    """A saved float32 graph, and recorded inputs: smooth pictures."""
-    config, path = quicksrnet.QuickSRNetConfig(6, 1), tmp_path_factory.mktemp("graph") / "upscaler.onnx"
-    params = quicksrnet.near_identity(config, tiny_system.random_params(quicksrnet.definition(config)))
+    """A saved float32 graph of random weights, and recorded inputs."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("graph") / "upscaler.onnx"
+
+    def layer(inputs, outputs):
+        kernel = rng.standard_normal((3, 3, inputs, outputs)) / np.sqrt(9 * inputs)
+        return {"kernel": kernel.astype(np.float32), "bias": rng.standard_normal(outputs).astype(np.float32) * 0.1}
+
+    params = {"cnn": {"0": layer(3, 6), "2": layer(6, 6)}, "conv_last": layer(6, 12)}
     with DataFile(path.with_suffix(".data")) as data:
-        quicksrnet_graph(config, params, 12, 12).save(path, data)
-    across, runs = np.linspace(0, 1, 12, dtype=np.float32), []
-    for seed in range(6):
-        a, b, c = philox(seed).random((3, 3), np.float32)
-        runs.append({"image": np.clip(a * across[:, None, None] + b * across[None, :, None] + c / 3, 0, 1)[None]})
-    return path, runs
+        quicksrnet_graph(quicksrnet.QuickSRNetConfig(6, 1), params, 12, 12).save(path, data)
+    return path, [{"image": rng.random((1, 12, 12, 3)).astype(np.float32)} for _ in range(3)]
 
 
 def written(upscaler, rounded=None):
@@ -91,7 +90,7 @@ def test_learned_rounding(upscaler, method):
     """Integers stay near the nearest ones, and the graph's outputs come closer."""
     pytest.importorskip("aimet_onnx")
     path, runs = upscaler
-    found = rounded_weights(path, runs, Rounding(method, iterations=400))
+    found = rounded_weights(path, runs, Rounding(method, iterations=60))
     assert {"cnn/0/kernel", "conv_last/kernel"} <= found.keys()
     for integers, encoding in found.values():
         assert integers.dtype == np.int8
