@@ -47,6 +47,9 @@ console = Console(stderr=True)
 EXCLUDED = "bigbuckbunny"
 """The real clip that no decoder is trained on."""
 HELD_OUT_PROMPTS = 256
+HYBRID_PROMPTS = 16
+"""Videos that continue first frames of the teacher's: the hybrid system with the teacher in the image network's
+place. Fewer than others, since they cost the teacher's guided steps on top."""
 SHARES = {"teacher": 0.26, "text_student": 0.2, "decoder": 0.2, "recovery_2": 0.3}
 """Of a preset's steps, so that each takes two to four minutes."""
 
@@ -205,6 +208,12 @@ def demo(
         )
         for name, s in systems.items()
     }
+    few = min(prompts, HYBRID_PROMPTS)
+    hybrid = f"hybrid: the student after the teacher's first frames, {few} prompts"
+    judged[hybrid] = watch(
+        f"judge: {hybrid}",
+        lambda: evaluate_system(student, world, count=few, seed=seed, batch=16, teacher=teacher),
+    )
 
     # ---- graphs for a phone
     captions, _ = world_prompts(world, "seen", prompts, seed=seed + 1)

@@ -18,6 +18,7 @@ from nd_jax.converters.bundle.calibration import (
 )
 from nd_jax.converters.bundle.deploy import deploy
 from nd_jax.converters.bundle.quantise import WEIGHT_TYPES
+from nd_jax.converters.bundle.rounding import Rounding, check_aimet
 from nd_jax.converters.bundle.writer import BundleWriter
 from nd_jax.converters.hexagon import vectors
 from nd_jax.converters.runtime.manifest import Bundle
@@ -25,6 +26,7 @@ from nd_jax.converters.runtime.pipeline import Pipeline
 from nd_jax.errors import UserError
 from nd_jax.generate import check_size
 from nd_jax.models.system import CLIP_1, CLIP_2, T5
+from nd_jax.npu_picture import picture_and_upscaler
 from nd_jax.outputs import new_folder
 from nd_jax.pyramid.layout import envelopes
 from nd_jax.system import VideoSystem
@@ -33,8 +35,9 @@ ENCODERS = {T5: "t5", CLIP_1: "clip", CLIP_2: "clip_2"}
 """Names of a system's tokenizers by text encoder."""
 
 
-def bundle_source(system: VideoSystem, **video: int | None) -> Source:
-    """What a system's bundle is made from, at its own size or another one (height, width, frames).
+def bundle_source(system: VideoSystem, *, super_resolution: Path | None = None, **video: int | None) -> Source:
+    """What a system's bundle is made from, at its own size or another one (height, width, frames). A hybrid folder's
+    first-frame networks and super-resolution come along; another one's folder may be named.
 
     Raises UserError for sizes that do not fit, and for a system that cannot read prompts.
     """
@@ -68,6 +71,7 @@ def bundle_source(system: VideoSystem, **video: int | None) -> Source:
         lengths={name: tokenizer.max_length for name, tokenizer in tokenizers.items()},
         probes={name: tokenizer([PROBE]).ids[0].tolist() for name, tokenizer in tokenizers.items()},
         about={"mode": system.mode, "blocks": config.diffusion_transformer.num_layers},
+        **picture_and_upscaler(system, size.height, size.width, super_resolution),
     )
 
 
@@ -79,6 +83,7 @@ def build_bundle(
     overwrite: bool = False,
     then: Callable[[BundleWriter], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    super_resolution: Path | None = None,
     **video: int | None,
 ) -> Path:
     """Write a bundle under ``out``, whole or not at all.
@@ -89,9 +94,10 @@ def build_bundle(
         overwrite: replace an existing bundle.
         then: what else to put into the folder before it is finished (calibration, quantisation).
         say: receives one line for every graph.
+        super_resolution: folder of a network that enlarges frames.
         video: another height, width or frames than the system's.
     """
-    source = bundle_source(system, **video)
+    source = bundle_source(system, super_resolution=super_resolution, **video)
     with new_folder(out, overwrite=overwrite) as folder:
         writer = write_float_bundle(folder, source, check=check, say=say)
         if then is not None:
@@ -134,18 +140,24 @@ def quantised(
     samples: int,
     seed: int,
     overrides: Mapping[str, Mapping[str, str]],
+    rounding: Rounding | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Callable[[BundleWriter], None]:
-    """What ``build_bundle`` does with the float32 bundle: record (unless recordings are given), quantise, measure."""
+    """What ``build_bundle`` does with the float32 bundle: record (unless recordings are given), quantise, measure.
+
+    Raises UserError, before anything is built, where ``rounding`` needs a package that is missing.
+    """
+    if rounding is not None:
+        check_aimet()
 
     def then(writer: BundleWriter) -> None:
         graphs = writer.content["graphs"]
         if calibration is not None:
-            deploy_recorded(writer, open_calibration(calibration, graphs), overrides, say)
+            deploy_recorded(writer, open_calibration(calibration, graphs), overrides, say, rounding)
             return
         with tempfile.TemporaryDirectory() as temporary:
             record_bundle(Bundle(writer.folder), Path(temporary), prompts, samples=samples, seed=seed)
-            deploy_recorded(writer, open_calibration(Path(temporary), graphs), overrides, say)
+            deploy_recorded(writer, open_calibration(Path(temporary), graphs), overrides, say, rounding)
 
     return then
 
@@ -155,9 +167,10 @@ def deploy_recorded(
     calibration: Calibration,
     overrides: Mapping[str, Mapping[str, str]],
     say: Callable[[str], None],
+    rounding: Rounding | None,
 ) -> None:
     """Quantise and measure, and keep a few runs of the test split in the bundle, for emulators and devices."""
-    deploy(writer, calibration, overrides, say)
+    deploy(writer, calibration, overrides, say, rounding)
     writer.content[vectors.KEY] = vectors.write_vectors(writer.folder, vectors.from_calibration(calibration))
 
 

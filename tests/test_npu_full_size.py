@@ -8,6 +8,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from nd_jax.converters.bundle.full_size import decoder_costs, denoiser_costs, layout_bytes
+from nd_jax.converters.bundle.inspect import of_full_size, report, resident
 from nd_jax.models.functional import count_parameters
 from nd_jax.models.mmdit import MMDiTConfig, definition
 
@@ -27,6 +28,23 @@ def test_denoiser():
     assert costs.split[2].value_bytes < 0.85 * costs.whole[2].value_bytes
     assert costs.whole[0].value_bytes < costs.split[0].value_bytes, "many short clips: one mask is lighter"
     assert "weights per denoiser call" in costs.lines()[0]
+
+
+def test_whole_pipeline():
+    """All graphs of the hybrid pipeline, what each step of the schedule holds, estimates beside the paper's."""
+    subject = of_full_size()
+    rows, told = subject.rows, "\n".join(report(subject))
+    assert subject.full_size
+    assert list(rows)[-3:] == ["unet", "image_decoder", "upscaler"]
+    assert rows["unet"].counts.parameters == pytest.approx(1_331_334_404, rel=0.02), "and averages of groups"
+    assert rows["upscaler"].ends["inputs"] == {"image": (1, 328, 520, 3)}
+    assert "104.7" in told
+    steps = resident(subject)
+    assert sum(map(sum, steps.values())) > 0
+    weights, values = map(max, zip(*steps.values(), strict=True))
+    assert 1e9 < weights < 3.5e9
+    assert values < 2e9
+    assert all(sum(each) < 3.5e9 for each in steps.values()), "the paper's peak"
 
 
 def test_decoder_copies_no_layout():

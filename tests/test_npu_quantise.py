@@ -15,9 +15,10 @@ import onnx
 from npu_systems import student_system
 from onnx import numpy_helper
 
+from nd_jax.converters.bundle.analysis import of_graph
 from nd_jax.converters.bundle.calibration import Recorder, open_calibration
 from nd_jax.converters.bundle.encodings import activation_encoding, dequantise, quantise, weight_encoding
-from nd_jax.converters.bundle.inspect import counts_of, report, resident
+from nd_jax.converters.bundle.inspect import facts, of_bundle, report, resident
 from nd_jax.converters.bundle.ranges import value_ranges
 from nd_jax.converters.graphs.builder import Graph
 from nd_jax.converters.graphs.session import open_session, run_session, snr
@@ -246,19 +247,40 @@ def test_recordings_that_do_not_fit(bundle, recordings, tmp_path, edit, told):
 
 
 def test_inspection(bundle):
-    counts = counts_of(bundle)
-    text = "\n".join(report(bundle, ("sm8750",), ("adapter",)))
+    subject = of_bundle(bundle)
+    text = "\n".join(report(subject, ("sm8750",), ("adapter",)))
     assert all(name in text for name in bundle.graphs)
     assert "adapter inputs" in text
-    steps = resident(bundle, counts)
-    assert steps["denoise"] == bundle.files["graphs/denoiser.w8a16.data"]["bytes"], "shared weights count once"
-    assert steps["text"] == 2 * sum(counts[name].parameters for name in bundle["schedule"][0]["load"])
-    adapter = counts["adapter"]
-    assert adapter.macs == 12 * (16 * 16 + 32 * 16)
+    assert "adapter: 2 Gemm" in text
+    assert "decoder inputs" not in text
+    assert "decoder inputs" in "\n".join(report(subject, details=True))
+    steps = resident(subject)
+    assert steps["denoise"][0] == bundle.files["graphs/denoiser.w8a16.data"]["bytes"], "shared weights count once"
+    assert steps["denoise"][1] == max(subject.rows[f"denoiser_stage{k}"].counts.peak_bytes for k in range(3))
+    assert steps["text"][0] == 2 * sum(subject.rows[name].counts.parameters for name in bundle["schedule"][0]["load"])
+    adapter = subject.rows["adapter"]
+    assert adapter.counts.macs == 12 * (16 * 16 + 32 * 16)
+    assert set(adapter.ranges) == {"states", "text"}, "fp16 graphs have ranges too"
+    assert 0 < adapter.largest < 65504
+    found = json.loads(json.dumps(facts(subject, ("sm8750",))))["graphs"]["adapter"]
+    assert found["operators"]["Gemm"] == 2
+    assert found["inputs"] == {"states": [12, 16]}
+    assert found["estimated_ms"]["sm8750"] > 0
     with pytest.raises(UserError, match="target 'sm1' is not known"):
-        list(report(bundle, ("sm1",)))
+        list(report(subject, ("sm1",)))
     with pytest.raises(UserError, match="no graph 'other'"):
-        list(report(bundle, (), ("other",)))
+        list(report(subject, (), ("other",)))
+
+
+def test_values_alive_at_once():
+    """A value lives from its maker to its last reader; a reshaped one is the same memory."""
+    graph = Graph("graph")
+    x = graph.input("x", 2, 4)  # 16 bytes, needed until the end
+    y = graph.reshape(graph.unary("Exp", x), 4, 2)  # 16 more
+    z = graph.concat([y, y], axis=1)  # 32 more; then y can go
+    z = graph.slice(z, 1, 0, 1)  # 8, beside x and all of z
+    graph.output("out", graph.add(graph.reshape(z, 1, 4), graph.slice(x, 0, 0, 1)))
+    assert of_graph(graph).peak_bytes == 16 + 16 + 32
 
 
 def test_commands(run, refused, bundle, tiny_folder, tmp_path):

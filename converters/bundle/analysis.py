@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ class Counts:
     layout: dict[str, tuple[int, int]] = field(default_factory=dict)
     boundary_bytes: int = 0
     """Of transposes right behind an input or before an output, which vanish where the compiler works channels-last."""
+    peak_bytes: int = 0
+    """Most bytes of values that are alive at once, operators taken in the graph's order; weights are apart."""
 
     def weight_bytes(self, precision: str) -> int:
         """Of the weights in the precision the graph is deployed in."""
@@ -49,8 +51,8 @@ class Counts:
 
 def analyse(nodes: Iterable[Any], shapes: Shapes, weights: Shapes, inputs: Iterable[str], outputs: Iterable[str]):
     """``Counts`` of ONNX nodes whose values and weights have these shapes."""
-    found, ends = Counts(), set(outputs)
-    starts = set(inputs)
+    nodes, starts, ends = list(nodes), set(inputs), set(outputs)
+    found = Counts(peak_bytes=peak_bytes(nodes, shapes, starts, ends))
     found.parameters = sum(math.prod(shape) for name, shape in weights.items() if not name.startswith("integers/"))
     everything = {**shapes, **weights}
     for node in nodes:
@@ -69,6 +71,32 @@ def analyse(nodes: Iterable[Any], shapes: Shapes, weights: Shapes, inputs: Itera
             if node.op_type == "Transpose" and (node.input[0] in starts or node.output[0] in ends):
                 found.boundary_bytes += moved
     return found
+
+
+def peak_bytes(nodes: Sequence[Any], shapes: Shapes, inputs: Iterable[str], outputs: Iterable[str]) -> int:
+    """Most bytes of values alive at once: from the operator that makes one (inputs: from the start) to the last that
+    reads it (outputs: to the end). What only has another shape is the same memory."""
+    owner = {name: name for name in inputs}
+    last: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        for name in node.input:
+            if name in owner:
+                last[owner[name]] = index
+        for name in node.output:
+            owner[name] = owner.get(node.input[0], name) if node.op_type in FREE else name
+    last |= {owner[name]: len(nodes) for name in outputs}
+    size = {name: VALUE_BYTES * math.prod(shapes[name]) for name in set(owner.values())}
+    live = {name for name in inputs if name in last}
+    most = now = sum(size[name] for name in live)
+    for index, node in enumerate(nodes):
+        made = {owner[name] for name in node.output} - live
+        live |= made
+        now += sum(size[name] for name in made)
+        most = max(most, now)
+        gone = {name for name in live if last.get(name, index) <= index}
+        live -= gone
+        now -= sum(size[name] for name in gone)
+    return most
 
 
 def node_macs(node: Any, shapes: Shapes) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nd_jax.converters.bundle.picture import upscaler_section, write_picture
 from nd_jax.converters.bundle.sections import (
     TOKENIZERS,
     codec_section,
@@ -22,7 +23,8 @@ from nd_jax.converters.bundle.writer import BundleWriter
 from nd_jax.converters.folders import read_tokenizer
 from nd_jax.converters.graphs import host, t5
 from nd_jax.converters.graphs.parity import check_part
-from nd_jax.converters.graphs.parts import system_parts, text_parts
+from nd_jax.converters.graphs.parts import TEXT, Part, system_parts
+from nd_jax.converters.graphs.picture_parts import Picture, Upscaler, picture_parts, upscaler_part
 from nd_jax.errors import UserError
 from nd_jax.models.system import CLIP_1, CLIP_2, DENOISER, T5, SystemConfig
 from nd_jax.pyramid.layout import Envelope
@@ -37,7 +39,8 @@ PROBE = "A small red circle drifts to the upper left, over snow white; it's 2 o'
 @dataclass(frozen=True)
 class Source:
     """What a bundle is made from. ``tokenizers``: folder by text encoder; ``lengths``: tokens by text encoder;
-    ``probes``: ids of ``PROBE`` by text encoder; ``video``: height, width, frames, fps; ``about``: free words."""
+    ``probes``: ids of ``PROBE`` by text encoder; ``video``: height, width, frames, fps; ``about``: free words;
+    ``picture``, ``upscaler``: what makes the first frame and what enlarges frames, if anything does."""
 
     config: SystemConfig
     params: Mapping[str, Any]
@@ -51,6 +54,19 @@ class Source:
     lengths: Mapping[str, int]
     probes: Mapping[str, list[int]]
     about: Mapping[str, Any]
+    picture: Picture | None = None
+    upscaler: Upscaler | None = None
+
+    def parts(self) -> Iterator[Part]:
+        """Every graph, in the order of their names in the manifest."""
+        length = min(self.lengths[CLIP_1], self.lengths[CLIP_2])
+        shared = {} if self.picture is None else self.picture.shared
+        arguments = self.config, self.params, self.envelopes, self.lengths[T5], length
+        yield from system_parts(*arguments, penultimate=shared.values())
+        if self.picture is not None:
+            yield from picture_parts(self.picture)
+        if self.upscaler is not None:
+            yield upscaler_part(self.upscaler)
 
 
 def write_float_bundle(
@@ -68,8 +84,7 @@ def write_float_bundle(
         if not getattr(config, name).with_projection:
             raise UserError(f"{name} has no projection; expected a CLIPTextModelWithProjection")
     writer = BundleWriter(folder)
-    lengths, clip_length = source.lengths, min(source.lengths[CLIP_1], source.lengths[CLIP_2])
-    for part in system_parts(config, params, source.envelopes, lengths[T5], clip_length):
+    for part in source.parts():
         path = writer.graph(part.graph, precision=part.precision, data=part.data)
         told = f"{part.name}: {len(part.graph.nodes)} nodes, {weight_count(part.graph) / 1e6:.2f} M weights"
         if check:
@@ -80,18 +95,22 @@ def write_float_bundle(
     write_tables(writer, source)
     for name, tokenizer in source.tokenizers.items():
         writer.tokenizer(TOKENIZERS[name][0], read_tokenizer(tokenizer))
-    texts = [part.name for part in text_parts(config, params, lengths[T5], clip_length)]
+    texts = [name for name in writer.content["graphs"] if name in (T5, CLIP_1, CLIP_2, TEXT)]
     probes = {name: {"text": PROBE, "ids": ids} for name, ids in source.probes.items()}
     writer.content |= {
         "about": dict(source.about),
         "video": dict(source.video),
-        "text": text_section(config, lengths, probes),
+        "text": text_section(config, source.lengths, probes),
         "latent": latent_section(config, source.stats, source.latent_frames),
         "denoiser": denoiser_section(config, source.schedule, source.envelopes, writer.content["graphs"]),
         "sampling": sampling_section(source.plan),
         "codec": codec_section(config),
         "schedule": loading_section(list(writer.content["graphs"]), texts),
     }
+    if source.picture is not None:
+        write_picture(writer, source.picture, PROBE)
+    if source.upscaler is not None:
+        writer.content["upscaler"] = upscaler_section(source.upscaler.config)
     return writer
 
 

@@ -19,6 +19,7 @@ from nd_jax.checked_files import read_json, shown
 from nd_jax.converters.runtime.errors import BundleError
 from nd_jax.converters.runtime.files import check_file, check_name, sha256
 from nd_jax.converters.runtime.pipeline import Pipeline
+from nd_jax.converters.runtime.video import fit
 from nd_jax.errors import UserError
 
 NAME, LIMIT, FORMAT = "calibration.json", 64 << 20, 1
@@ -57,13 +58,14 @@ def record(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Recorder:
     """Make a video of every prompt, and encode some of its frames, with every graph watched."""
-    recorder = Recorder(most, seed)
+    recorder, about = Recorder(most, seed), pipeline.bundle["video"]
     pipeline.sessions.watch = recorder
     try:
         for index, prompt in enumerate(prompts):
             video = pipeline.video(prompt, negative_prompt=negative_prompt, seed=seed, sample_name=index)
             for place in np.linspace(0, len(video) - 1, FRAMES).round().astype(int):
-                pipeline.encode_first_frame(video[place], pipeline.noise(seed, index).first)
+                frame = fit(video[place], about["height"], about["width"])  # frames may have been enlarged
+                pipeline.encode_first_frame(frame, pipeline.noise(seed, index).first)
             progress(index + 1, len(prompts))
     finally:
         pipeline.sessions.watch = None

@@ -13,16 +13,20 @@ from nd_jax.converters.bundle.encodings import dequantise, quantise, weight_enco
 from nd_jax.converters.bundle.halves import half_session
 from nd_jax.converters.bundle.measure import GOALS, split_snr
 from nd_jax.converters.bundle.quantise import CHANNEL_AXIS, Overrides, quantise_graph
-from nd_jax.converters.bundle.ranges import value_ranges
+from nd_jax.converters.bundle.ranges import Range, value_ranges
+from nd_jax.converters.bundle.rounding import Rounded, Rounding, rounded_weights
 from nd_jax.converters.bundle.writer import GRAPHS, BundleWriter
 from nd_jax.converters.graphs.builder import DataFile
 from nd_jax.converters.graphs.session import open_session, snr
+from nd_jax.errors import UserError
 
 W8A16 = "w8a16"
 EXACT = 100.0
 """dB from which a weight in 8 bits is as good as itself and needs no more: averages over a group, for example."""
 OVERRIDES: Mapping[str, Overrides] = {}
 """Default exceptions by graph: patterns of weight names to types."""
+LARGEST_HALF = 65504.0
+"""Of fp16's numbers."""
 
 
 def deploy(
@@ -30,6 +34,7 @@ def deploy(
     calibration: Calibration,
     overrides: Mapping[str, Overrides] = OVERRIDES,
     say: Callable[[str], None] = lambda line: None,
+    rounding: Rounding | None = None,
 ) -> None:
     """Quantise every W8A16 graph of a bundle under construction, and measure every graph on the test split.
 
@@ -40,11 +45,17 @@ def deploy(
         for name, entry in writer.content["graphs"].items():
             source = writer.folder / entry["files"]["fp32"]["model"]
             runs = list(zip(*(calibration.runs(name, "test", side) for side in ("inputs", "outputs")), strict=True))
+            ranges = value_ranges(source, calibration.runs(name, "calibration"))
+            entry["ranges"] = {key: list(ranges[key]) for key in (*entry["inputs"], *entry["outputs"])}
+            entry["largest"] = max(abs(end) for pair in ranges.values() for end in pair)
             if entry["precision"] == "fp16":
                 found = entry["snr"]["fp16_test"] = round(min(split_snr(name, half_session(source), runs), 999.0), 2)
-                told = f"{name}: fp16 (rounded on the CPU) {found:.1f} dB"
+                told = f"{name}: fp16 (rounded on the CPU) {found:.1f} dB, values up to {entry['largest']:.4g}"
+                if entry["largest"] >= LARGEST_HALF:
+                    raise UserError(f"graph {name}: a value of {entry['largest']:.4g} does not fit fp16")
             else:
-                found, told = quantised_form(writer, name, calibration, runs, files, overrides.get(name))
+                quantiser = Quantised(writer, name, ranges, runs, files, overrides.get(name))
+                found, told = quantiser.best(calibration, rounding)
             goal = GOALS.get(name)
             if goal is not None:
                 entry["snr"]["goal"] = goal
@@ -55,49 +66,69 @@ def deploy(
             data.close()
 
 
-def quantised_form(
-    writer: BundleWriter,
-    name: str,
-    calibration: Calibration,
-    runs: Sequence[tuple[Mapping, Mapping]],
-    files: dict[str, DataFile],
-    overrides: Overrides | None,
-) -> tuple[float, str]:
-    """Write one graph's W8A16 form; its SNR on ``runs`` and a line about it.
+class Quantised:
+    """One graph's W8A16 form, written as often as it takes."""
 
-    Where a graph with weights of its own misses its goal and nobody has said which layers take 16 bits, those that 8
-    bits hurt most do, in steps, until it is met; the manifest names them, and keeps the figure without them.
-    """
-    entry = writer.content["graphs"][name]
-    source = writer.folder / entry["files"]["fp32"]["model"]
-    weights = entry["files"]["fp32"]["data"]
-    stem = weights[0].removeprefix(f"{GRAPHS}/").removesuffix(".data") if weights else name
-    target = source.with_name(f"{name}.{W8A16}.onnx")
-    ranges = value_ranges(source, calibration.runs(name, "calibration"))
-    entry["ranges"] = {key: list(ranges[key]) for key in (*entry["inputs"], *entry["outputs"])}
-    others = [each["files"]["fp32"]["data"] for key, each in writer.content["graphs"].items() if key != name]
-    alone = not weights or weights not in others
-    path = writer.folder / GRAPHS / f"{stem}.{W8A16}.data"
-    tries = [overrides or {}]
-    if alone and overrides is None and name in GOALS:
-        tries += wider(source)
-    for chosen in tries:
-        if alone or stem not in files:
-            files.pop(stem).close() if stem in files else None
-            files[stem] = DataFile(path)
-        quantise_graph(source, target, files[stem], ranges, chosen)
-        files[stem].flush()
-        found = split_snr(name, open_session(target), runs)
-        entry["snr"].setdefault("w8a16_plain_test", round(min(found, 999.0), 2))
-        if found >= GOALS.get(name, 0):
-            break
-    entry["snr"]["w8a16_test"] = round(min(found, 999.0), 2)
-    entry["overrides"] = dict(chosen)
-    writer.form(name, W8A16, f"{GRAPHS}/{target.name}", [f"{GRAPHS}/{path.name}"])
-    told = f"{name}: W8A16 {found:.1f} dB"
-    if chosen:
-        told += f" with {len(chosen)} patterns of 16-bit weights, {entry['snr']['w8a16_plain_test']:.1f} dB without"
-    return found, told
+    def __init__(
+        self,
+        writer: BundleWriter,
+        name: str,
+        ranges: Mapping[str, Range],
+        runs: Sequence[tuple[Mapping, Mapping]],
+        files: dict[str, DataFile],
+        overrides: Overrides | None,
+    ):
+        self.name, self.ranges, self.runs, self.files, self.overrides = name, ranges, runs, files, overrides
+        self.writer, self.entry = writer, writer.content["graphs"][name]
+        self.source = writer.folder / self.entry["files"]["fp32"]["model"]
+        self.target = self.source.with_name(f"{name}.{W8A16}.onnx")
+        weights = self.entry["files"]["fp32"]["data"]
+        self.stem = weights[0].removeprefix(f"{GRAPHS}/").removesuffix(".data") if weights else name
+        self.data = writer.folder / GRAPHS / f"{self.stem}.{W8A16}.data"
+        others = [each["files"]["fp32"]["data"] for key, each in writer.content["graphs"].items() if key != name]
+        self.alone = not weights or weights not in others
+
+    def write(self, chosen: Overrides, rounded: Rounded | None = None) -> float:
+        """Its SNR on the test split with these types of weights."""
+        if self.alone or self.stem not in self.files:
+            if self.stem in self.files:
+                self.files.pop(self.stem).close()
+            self.files[self.stem] = DataFile(self.data)
+        file = self.files[self.stem]
+        quantise_graph(self.source, self.target, file, self.ranges, chosen, rounded)
+        file.flush()
+        return round(min(split_snr(self.name, open_session(self.target), self.runs), 999.0), 2)
+
+    def best(self, calibration: Calibration, rounding: Rounding | None) -> tuple[float, str]:
+        """Its SNR and a line about it.
+
+        Where a graph with weights of its own misses its goal and nobody has said which layers take 16 bits, those that
+        8 bits hurt most do, in steps, until it is met; the manifest names them, and keeps the figure without them. A
+        learned rounding is kept if it is better than the plain one.
+        """
+        entry, chosen, rounded, goal = self.entry, self.overrides or {}, None, GOALS.get(self.name, 0)
+        found = entry["snr"]["w8a16_plain_test"] = self.write(chosen)
+        told = ""
+        if rounding is not None and self.name in rounding.graphs and self.alone:
+            learned = rounded_weights(self.source, calibration.runs(self.name, "calibration"), rounding)
+            plain, found = found, self.write(chosen, learned)
+            told = f", {rounding.method} {found:.1f} dB"
+            entry["snr"][f"w8a16_{rounding.method}_test"] = found
+            if found > plain:
+                rounded, entry["rounding"] = learned, rounding.method
+            else:
+                found = self.write(chosen)
+        if found < goal and self.alone and self.overrides is None and self.name in GOALS:
+            for chosen in wider(self.source):
+                found = self.write(chosen, rounded)
+                if found >= goal:
+                    break
+        entry["snr"]["w8a16_test"], entry["overrides"] = found, dict(chosen)
+        self.writer.form(self.name, W8A16, f"{GRAPHS}/{self.target.name}", [f"{GRAPHS}/{self.data.name}"])
+        if chosen:
+            plain = entry["snr"]["w8a16_plain_test"]
+            told = f" with {len(chosen)} patterns of 16-bit weights, {plain:.1f} dB without{told}"
+        return found, f"{self.name}: W8A16 {found:.1f} dB{told}"
 
 
 def wider(source: Path) -> list[Overrides]:

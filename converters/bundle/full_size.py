@@ -1,18 +1,37 @@
-"""Graphs of a configuration without any numbers: what splitting conditioning and attention is worth at full size."""
+"""Graphs of a configuration without any numbers: all that can be counted of the paper's pipeline at full size."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nd_jax.converters.bundle.analysis import Counts, of_graph
 from nd_jax.converters.graphs.conditioning import conditioning_graph
 from nd_jax.converters.graphs.mmdit import stage_graph
+from nd_jax.converters.graphs.parts import Part, system_parts
+from nd_jax.converters.graphs.picture_parts import (
+    IMAGE_DECODER,
+    TOWERS,
+    UNET,
+    Picture,
+    Upscaler,
+    picture_parts,
+    upscaler_part,
+)
 from nd_jax.converters.graphs.taehv import decoder_graph
-from nd_jax.models import causal_vae, mmdit
+from nd_jax.models import causal_vae, clip, image_vae, mmdit, quicksrnet, unet
 from nd_jax.models.causal_vae import AsymmetricVAEConfig
+from nd_jax.models.clip import clip_bigg, clip_l
+from nd_jax.models.context_adapter import ContextAdapterConfig
+from nd_jax.models.image_vae import ImageVAEConfig
 from nd_jax.models.mmdit import MMDiTConfig
+from nd_jax.models.quicksrnet import QuickSRNetConfig
+from nd_jax.models.system import SystemConfig
+from nd_jax.models.t5 import T5Config
+from nd_jax.models.unet import UNetConfig
 from nd_jax.pyramid.layout import Envelope, envelopes
 
 
@@ -66,3 +85,51 @@ def decoder_costs(config: AsymmetricVAEConfig | None = None, height: int = 40, w
 def layout_bytes(counts: Counts) -> int:
     """Bytes of layout copies that remain where the compiler works channels-last."""
     return int(np.sum([size for _, size in counts.layout.values()], dtype=np.int64)) - counts.boundary_bytes
+
+
+VIDEO = {"height": 320, "width": 512, "frames": 49, "fps": 24}
+"""The paper's videos, before super-resolution."""
+TEXT_LENGTH, CLIP_LENGTH, STEPS, ENLARGED = 128, 77, 4, 2
+
+
+def full_size_parts() -> Iterator[Part]:
+    """Every graph of the paper's hybrid pipeline, weights as shapes alone. The picture's text towers are taken as
+    graphs of their own, as if they were not the video system's."""
+    config = SystemConfig(
+        diffusion_transformer=MMDiTConfig(),
+        causal_video_vae=AsymmetricVAEConfig(),
+        text_encoder=clip_l(),
+        text_encoder_2=clip_bigg(),
+        text_encoder_3=T5Config(),
+        context_adapter=ContextAdapterConfig(),
+    )
+    params = {name: network.abstract() for name, network in config.definitions().items()}
+    height, width = VIDEO["height"], VIDEO["width"]
+    space = config.causal_video_vae.space_scale
+    layouts = envelopes(6, TEXT_LENGTH, height // space, width // space)
+    yield from system_parts(config, params, layouts, TEXT_LENGTH, CLIP_LENGTH)
+    yield from picture_parts(full_size_picture())
+    network = QuickSRNetConfig()
+    yield upscaler_part(Upscaler(network, quicksrnet.definition(network).abstract(), height, width))
+
+
+def full_size_picture() -> Picture:
+    """The first frame at twice the video's size, in four steps, without numbers."""
+    towers, network, decoder = (clip_l(), clip_bigg()), UNetConfig(), ImageVAEConfig()
+
+    def load(graph: str) -> Mapping[str, Any]:
+        makers = {UNET: unet.definition(network), IMAGE_DECODER: image_vae.definition(decoder, half="decoder")}
+        return (makers[graph] if graph in makers else clip.definition(towers[TOWERS.index(graph)])).abstract()
+
+    return Picture(
+        towers=towers,
+        unet=network,
+        decoder=decoder,
+        height=VIDEO["height"] * ENLARGED,
+        width=VIDEO["width"] * ENLARGED,
+        steps=STEPS,
+        load=load,
+        tokenizers=(Path(), Path()),
+        probes=([], []),
+        shared={},
+    )

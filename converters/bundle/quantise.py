@@ -23,8 +23,10 @@ from nd_jax.errors import UserError
 CHANNEL_AXIS = {"MatMul": 1, "Gemm": 1, "Conv": 0}
 """Operators with weights (their second input), and the axis of a weight's output channels."""
 NORMS = {"LayerNormalization", "RMSNormalization"}
-MOVING = {"Reshape", "Transpose", "Split", "Slice", "Resize", "DepthToSpace", "Identity"}
+MOVING = {"Reshape", "Transpose", "Split", "Slice", "Resize", "DepthToSpace", "SpaceToDepth", "Identity"}
 """Operators that only move values: what comes out keeps the encoding of what goes in."""
+AS_IT_IS = {"Resize", "Clip"}
+"""Operators whose constants are not values of the network: scales, bounds."""
 MARGIN = 2.0
 """Ranges are widened by this: 16 bits have room for it, and values beyond a recorded range would be cut off."""
 KNOWN = {"cosines": (-1.0, 1.0), "sines": (-1.0, 1.0), "sinusoid": (-1.0, 1.0), "bias*": (-100.0, 0.0)}
@@ -87,6 +89,8 @@ class Quantiser:
     activations: dict[str, Encoding]
     data: DataFile
     overrides: Overrides = field(default_factory=dict)
+    rounded: Mapping[str, tuple[np.ndarray, Encoding]] = field(default_factory=dict)
+    """Integers and encodings that are given, of weights of 8 bits."""
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, TensorProto] = field(default_factory=dict)
     _real: set[str] = field(default_factory=set)
@@ -121,7 +125,8 @@ class Quantiser:
         array = self.weights[name]
         if node.op_type in CHANNEL_AXIS and index == 1:
             encoding = self.channels(node)
-            return self.dequantised(name, quantise(array, encoding), encoding)
+            given = self.given(name)
+            return self.dequantised(name, quantise(array, encoding) if given is None else given[0], encoding)
         if node.op_type in CHANNEL_AXIS and index == 2:
             scale = self.channels(node).scale * self.activations[node.input[0]].scale
             integers = np.rint(array.astype(np.float64) / scale).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)
@@ -132,11 +137,24 @@ class Quantiser:
         if node.op_type in NORMS and index == 1:
             encoding = activation_encoding(float(array.min()), float(array.max()), np.uint8)
             return self.dequantised(name, quantise(array, encoding), encoding)
+        if node.op_type in NORMS and index == 2:
+            scale = self.weights[node.input[1]]
+            step = activation_encoding(float(scale.min()), float(scale.max()), np.uint8).scale
+            step = step * self.activations[node.input[0]].scale
+            step = np.maximum(step, np.abs(array).max() / 2**30).astype(np.float32).reshape(())
+            encoding, integers = Encoding(step, np.zeros((), np.int32)), np.rint(array / np.float64(step))
+            return self.dequantised(name, integers.astype(np.int32), encoding, own=f"/{self.graph.name}")
         encoding = activation_encoding(float(array.min()), float(array.max()))
         return self.dequantised(name, quantise(array, encoding), encoding)
 
+    def given(self, name: str) -> tuple[np.ndarray, Encoding] | None:
+        """Integers and encoding of a weight that need not be found here."""
+        return self.rounded.get(name) if weight_type(name, self.overrides) is np.int8 else None
+
     def channels(self, node: onnx.NodeProto) -> Encoding:
         """Encoding of an operator's weight, or of the larger piece of a 16-bit one."""
+        if (given := self.given(node.input[1])) is not None:
+            return given[1]
         bias = self.weights[node.input[2]] if len(node.input) > 2 else None
         return weight_encoding(self.weights[node.input[1]], CHANNEL_AXIS[node.op_type], bias=bias)
 
@@ -214,7 +232,7 @@ class Quantiser:
             new = onnx.NodeProto()
             new.CopyFrom(node)
             for index, name in enumerate(node.input):
-                if name in self.weights and not (node.op_type == "Resize" or name.startswith("integers/")):
+                if name in self.weights and not (node.op_type in AS_IT_IS or name.startswith("integers/")):
                     new.input[index] = self.weight(node, index)
                 elif name in inputs:
                     new.input[index] = inputs[name]
@@ -245,16 +263,27 @@ def stored_array(tensor: TensorProto, folder: Path) -> np.ndarray:
 
 
 def quantise_graph(
-    source: Path, target: Path, data: DataFile, ranges: Mapping[str, Range], overrides: Overrides | None = None
+    source: Path,
+    target: Path,
+    data: DataFile,
+    ranges: Mapping[str, Range],
+    overrides: Overrides | None = None,
+    rounded: Mapping[str, tuple[np.ndarray, Encoding]] | None = None,
 ) -> None:
     """Write the W8A16 form of the saved float32 graph ``source`` to ``target``, its weights to ``data``.
 
-    ``ranges`` is what ``value_ranges`` found; graphs that share ``data`` share their weights.
+    ``ranges`` is what ``value_ranges`` found; graphs that share ``data`` share their weights. ``rounded``: integers and
+    encodings of weights that were learned.
     """
     model = onnx.load(source, load_external_data=False)
     weights = {tensor.name: stored_array(tensor, source.parent) for tensor in model.graph.initializer}
-    small = [tensor for tensor in model.graph.initializer if tensor.name.startswith(("integers/", "scales/"))]
+    kept = {name for node in model.graph.node if node.op_type in AS_IT_IS for name in node.input}
+    small = [
+        numpy_helper.from_array(np.array(array), name)
+        for name, array in weights.items()
+        if name in kept or name.startswith("integers/")
+    ]
     del model.graph.initializer[:]
     model.graph.initializer.extend(small)
     activations = activation_encodings(model.graph, ranges)
-    save_model(Quantiser(model.graph, weights, activations, data, overrides or {}).run(), target)
+    save_model(Quantiser(model.graph, weights, activations, data, overrides or {}, rounded or {}).run(), target)

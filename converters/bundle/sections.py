@@ -9,6 +9,7 @@ from typing import Any
 from nd_jax.converters.graphs.attention import WHOLE_MASK, query_groups
 from nd_jax.converters.graphs.host import MASKED
 from nd_jax.converters.graphs.parts import CONDITIONING, DECODER, ENCODER, FIRST_DECODER, TEXT, stage_name
+from nd_jax.converters.graphs.picture_parts import IMAGE_DECODER, TOWERS, UNET, UPSCALER
 from nd_jax.converters.graphs.text_attention import HIDDEN
 from nd_jax.models.causal_vae import NativeVAEConfig
 from nd_jax.models.clip import LEGACY_EOS
@@ -116,9 +117,12 @@ def codec_section(config: SystemConfig) -> dict[str, Any]:
 def loading_section(graphs: Sequence[str], text: Sequence[str]) -> list[dict[str, Any]]:
     """The order of loading: what is not needed any more leaves before the next graphs come."""
     stages = [name for name in graphs if name.startswith("denoiser_")]
-    decoders = [name for name in graphs if name in (DECODER, FIRST_DECODER)]
-    steps = {"text": list(text), "first_frame": [ENCODER], "conditioning": [CONDITIONING], "denoise": stages}
-    steps["decode"] = decoders
+    steps = {"text": list(text)}
+    if UNET in graphs:
+        steps["picture_text"] = [name for name in graphs if name in TOWERS]
+        steps |= {"picture": [UNET], "picture_decode": [IMAGE_DECODER]}
+    steps |= {"first_frame": [ENCODER], "conditioning": [CONDITIONING], "denoise": stages}
+    steps["decode"] = [name for name in graphs if name in (DECODER, FIRST_DECODER, UPSCALER)]
     return [{"step": name, "load": loaded, "unload": loaded} for name, loaded in steps.items()]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,8 +53,15 @@ class Part:
     sample: Callable[[np.random.Generator], tuple[Arrays, Arrays]]
 
 
-def text_parts(config: SystemConfig, params: Mapping[str, Any], text_length: int, clip_length: int) -> Iterator[Part]:
-    """Text encoders and what brings their states to the denoiser's width."""
+def text_parts(
+    config: SystemConfig,
+    params: Mapping[str, Any],
+    text_length: int,
+    clip_length: int,
+    penultimate: Collection[str] = (),
+) -> Iterator[Part]:
+    """Text encoders and what brings their states to the denoiser's width. Towers of ``penultimate`` also give their
+    last-but-one states, for the first frame."""
     t5 = config.text_encoder_3
     if t5 is not None:
         sample = references.t5(t5, params[T5], text_length)
@@ -62,8 +69,10 @@ def text_parts(config: SystemConfig, params: Mapping[str, Any], text_length: int
     for name in (CLIP_1, CLIP_2):
         tower = getattr(config, name)
         if tower is not None:
-            sample = references.clip(tower, params[name], clip_length)
-            yield Part(name, clip_graph(tower, params[name], clip_length, name), "fp16", name, sample)
+            also = name in penultimate
+            sample = references.clip(tower, params[name], clip_length, penultimate=also)
+            graph = clip_graph(tower, params[name], clip_length, name, penultimate=also)
+            yield Part(name, graph, "fp16", name, sample)
     if config.context_adapter is not None:
         graph = adapter_graph(config.context_adapter, params[ADAPTER], text_length, TEXT)
         sample = references.adapter(config.context_adapter, params[ADAPTER], text_length)
@@ -118,8 +127,9 @@ def system_parts(
     envelopes: Sequence[Envelope],
     text_length: int,
     clip_length: int,
+    penultimate: Collection[str] = (),
 ) -> Iterator[Part]:
     """Every graph of a system, in the order in which a video needs them."""
-    yield from text_parts(config, params, text_length, clip_length)
+    yield from text_parts(config, params, text_length, clip_length, penultimate)
     yield from denoiser_parts(config, params, envelopes)
     yield from codec_parts(config, params, envelopes[-1].height, envelopes[-1].width)

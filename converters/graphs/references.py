@@ -54,20 +54,22 @@ def t5(config: Any, params: Mapping[str, Any], length: int) -> Sample:
     return sample
 
 
-def clip(config: Any, params: Mapping[str, Any], length: int) -> Sample:
+def clip(
+    config: Any, params: Mapping[str, Any], length: int, *, penultimate: bool = False, pooled: bool = True
+) -> Sample:
     def sample(rng: np.random.Generator) -> tuple[Arrays, Arrays]:
         ids = rng.integers(0, config.vocab_size, (1, length))
         found = jax.jit(clip_network.definition(config))(wide(params), jnp.asarray(ids))
         tables = params["text_model"]["embeddings"]
         token, position = (np.asarray(tables[f"{each}_embedding"]["embedding"], np.float32) for each in
                            ("token", "position"))  # fmt: skip
-        inputs = {
-            "embeddings": token[ids[0]] + position[:length],
-            "selector": np.eye(length, dtype=np.float32)[np.asarray(found.pooled_position)],
-        }
-        if config.with_projection:
-            return inputs, {"text_embeds": np.asarray(found.text_embeds)}
-        return inputs, {"pooled": np.asarray(found.pooled_output)}
+        inputs = {"embeddings": token[ids[0]] + position[:length]}
+        outputs = {"penultimate": np.asarray(found.penultimate_hidden_state)[0]} if penultimate else {}
+        if pooled:
+            inputs["selector"] = np.eye(length, dtype=np.float32)[np.asarray(found.pooled_position)]
+            last = found.text_embeds if config.with_projection else found.pooled_output
+            outputs["text_embeds" if config.with_projection else "pooled"] = np.asarray(last)
+        return inputs, outputs
 
     return sample
 

@@ -20,6 +20,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--negative-prompt", default="", help="what guidance steers away from")
     found.add_argument("--image", type=Path, help="first frame, any size")
     found.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    found.add_argument(
+        "--upscale", action=argparse.BooleanOptionalAction, default=True,
+        help="enlarge frames, where the bundle has super-resolution (default: yes)",
+    )  # fmt: skip
     found.add_argument("--steps", type=int, nargs="+", help="steps per stage, lowest resolution first")
     found.add_argument("--guidance", type=float, help="0 or 1: none")
     found.add_argument("--precision", choices=("deployed", "fp32"), default="deployed")
@@ -55,6 +59,7 @@ def run(options: argparse.Namespace) -> Path:
         seed=options.seed,
         image=image,
         plan=plan,
+        upscale=options.upscale,
         progress=lambda done, total: print(f"latent frame {done} of {total}", file=sys.stderr),
     )
     return write_video(options.out, video, about["fps"], overwrite=options.overwrite)

@@ -30,6 +30,8 @@ KEYS = {
     "tables": dict,
     "schedule": list,
 }
+OPTIONAL = ("picture", "upscaler")
+"""Sections that a manifest may have: how a first frame is made, how frames are enlarged."""
 
 
 class Bundle:
@@ -47,6 +49,9 @@ class Bundle:
         for key, kind in KEYS.items():
             if not isinstance(self.content.get(key), kind):
                 raise BundleError(f"{folder}: the manifest's {key!r} is missing or not {kind.__name__}")
+        for key in OPTIONAL:
+            if not isinstance(self.content.get(key, {}), dict):
+                raise BundleError(f"{folder}: the manifest's {key!r} is not an object")
         for name, stated in self.files.items():
             check_name(name, f"{folder}: the manifest's files")
             whole = isinstance(stated, dict) and type(stated.get("bytes")) is int and stated["bytes"] >= 0

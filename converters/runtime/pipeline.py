@@ -12,9 +12,12 @@ from .errors import BundleError
 from .latents import Statistics
 from .manifest import Bundle
 from .noise import Noise, named_noise
+from .picture import PictureMaker
 from .sampler import Condition, Denoiser, Plan, sample
 from .sessions import Sessions
+from .text import rows, run_tower
 from .tokens import Tokenizer
+from .upscale import Upscaler
 from .video import from_uint8, to_uint8
 
 
@@ -45,6 +48,12 @@ class Pipeline:
         self.plan = Plan.from_dict(self.bundle["sampling"], len(self.bundle["denoiser"]["stages"]))
         text = self.bundle["text"]
         self._tokenizers = [Tokenizer(self.bundle, entry) for entry in (text["t5"], *text["clip"])]
+        picture, upscaler = (self.bundle.content.get(key) for key in ("picture", "upscaler"))
+        size = (self.bundle["video"]["height"], self.bundle["video"]["width"])
+        self.picture = None if picture is None else PictureMaker(self.sessions, picture, size)
+        """Makes first frames, where the bundle can."""
+        self.upscaler = None if upscaler is None else Upscaler(self.sessions, upscaler)
+        """Enlarges frames, where the bundle can."""
 
     @property
     def units(self) -> int:
@@ -70,28 +79,20 @@ class Pipeline:
         entry, tokenizer = t5
         ids, mask = tokenizer(prompt)
         bias = np.where(mask > 0, 0, text["hidden"]).astype(np.float32)[None, None]
-        rows = self._rows(entry["table"], ids)
-        states = self.sessions.run(entry["graph"], {"embeddings": rows, "bias": bias})["states"]
+        embeddings = rows(self.bundle, entry["table"], ids)
+        states = self.sessions.run(entry["graph"], {"embeddings": embeddings, "bias": bias})["states"]
         if text["adapter"]:
             states = self.sessions.run(text["adapter"], {"states": states})["text"]
-        pooled = [self._pooled(entry, *tokenizer(prompt)) for entry, tokenizer in towers]
-        return Condition(states, mask, np.concatenate(pooled, axis=1))
+        found = {entry["graph"]: run_tower(self.sessions, entry, tokenizer, prompt) for entry, tokenizer in towers}
+        pooled = [found[entry["graph"]]["text_embeds"] for entry, _ in towers]
+        return Condition(states, mask, np.concatenate(pooled, axis=1), found)
 
-    def _rows(self, table: str, ids: np.ndarray) -> np.ndarray:
-        """Rows of a host table, float32. Raises BundleError for ids it does not have: tokenizer of another model."""
-        rows = self.bundle.table(table)
-        if ids.max() >= len(rows):
-            raise BundleError(f"id {ids.max()} of a prompt, but table {table} has {len(rows)} rows: wrong tokenizer")
-        return rows[ids].astype(np.float32)
-
-    def _pooled(self, entry: Mapping[str, Any], ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """A tower's projected state at the end of the text: the largest id's place, or the first of its own mark."""
-        eos = entry["eos"]
-        place = int(np.argmax(ids)) if eos is None else int(np.argmax(ids == eos))
-        embeddings = self._rows(entry["table"], ids) + self._rows(entry["positions"], np.arange(len(ids)))
-        selector = np.zeros((1, len(ids)), np.float32)
-        selector[0, place] = 1
-        return self.sessions.run(entry["graph"], {"embeddings": embeddings, "selector": selector})["text_embeds"]
+    def make_picture(self, prompt: str, condition: Condition, seed: int, sample_name: int | str) -> np.ndarray:
+        """First frame uint8 [H, W, 3] of a prompt. Raises BundleError where the bundle has no networks for it."""
+        if self.picture is None:
+            raise BundleError(f"{self.bundle.folder} makes no first frames; give an image")
+        text = self.picture.text(prompt, condition.towers)
+        return self.picture.decode(self.picture.sample(text, seed, sample_name))
 
     def encode_first_frame(self, image: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Normalised latent [h, w, C] of a given first frame uint8 [H, W, 3]: a posterior sample."""
@@ -121,9 +122,10 @@ class Pipeline:
         with self.sessions.step("denoise"):
             return sample(denoiser, plan, noise, units, first, progress)
 
-    def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """Video frames, uint8 [H, W, 3], as they are made."""
+    def decode(self, latents: np.ndarray, *, upscale: bool = True) -> Iterator[np.ndarray]:
+        """Video frames, uint8 [H, W, 3], as they are made; enlarged, where the bundle can, with ``upscale``."""
         codec = self.bundle["codec"]
+        finish = self.upscaler if upscale and self.upscaler is not None else to_uint8
         with self.sessions.step("decode"):
             shapes = self.bundle.graph(codec["decoder"])["inputs"]
             state = {key: np.zeros(shape, np.float32) for key, shape in shapes.items() if key.startswith("state/")}
@@ -135,7 +137,7 @@ class Pipeline:
                 state |= {key: out[next_key] for key in state if (next_key := f"next/{key[6:]}") in out}
                 frames = sum(key.startswith("frame/") for key in out)
                 for k in range(codec["drop_first"] if unit == 0 and not alone else 0, frames):
-                    yield to_uint8(out[f"frame/{k}"][0])
+                    yield finish(out[f"frame/{k}"][0])
 
     def video(
         self,
@@ -146,11 +148,15 @@ class Pipeline:
         sample_name: int | str = 0,
         image: np.ndarray | None = None,
         plan: Plan | None = None,
+        upscale: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> np.ndarray:
-        """uint8 [T, H, W, 3] for one prompt; ``image`` is a given first frame of the bundle's size."""
+        """uint8 [T, H, W, 3] for one prompt; ``image`` is a given first frame of the bundle's size (default: one that
+        the bundle makes, if it has networks for that). ``upscale``: enlarge frames, where the bundle can."""
         plan, noise = plan or self.plan, self.noise(seed, sample_name)
         conditions = self.encode_text([negative_prompt, prompt] if plan.guided else [prompt])
+        if image is None and self.picture is not None:
+            image = self.make_picture(prompt, conditions[-1], seed, sample_name)
         first = None if image is None else self.encode_first_frame(image, noise.first)
         latents = self.latents(conditions, noise, plan=plan, first=first, progress=progress)
-        return np.stack(list(self.decode(latents)))
+        return np.stack(list(self.decode(latents, upscale=upscale)))

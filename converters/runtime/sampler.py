@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -55,11 +55,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Condition:
-    """What the denoiser reads of one prompt: text [S, D], its mask [S], pooled text [1, P]."""
+    """What the denoiser reads of one prompt: text [S, D], its mask [S], pooled text [1, P]. ``towers``: all that the
+    pooled towers' graphs have said of it, which the first frame may need."""
 
     text: np.ndarray
     mask: np.ndarray
     pooled: np.ndarray
+    towers: Mapping[str, Arrays] = field(default_factory=dict)
 
 
 class Denoiser:

@@ -81,11 +81,13 @@ class Sessions:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """A step of the schedule: its graphs are loaded for as long as it takes."""
+        """A step of the schedule: its graphs are loaded for as long as it takes, and no others."""
         found = [step for step in self.bundle["schedule"] if step.get("step") == name]
         if not found:
             raise BundleError(f"{self.bundle.folder}: the schedule has no step {name!r}")
         graphs = found[0].get("load", [])
+        for graph in [name for name in self._open if name not in graphs]:
+            self.unload(graph)
         for graph in graphs:
             self.load(graph)
         try:

@@ -24,6 +24,19 @@ def to_uint8(video: np.ndarray) -> np.ndarray:
     return np.clip(scaled, 0, 255).astype(np.uint8)
 
 
+def round_to_uint8(image: np.ndarray) -> np.ndarray:
+    """[-1, 1] to 0 .. 255, clipped and rounded: how image networks make pictures. Raises BundleError as above."""
+    if not np.isfinite(image).all():
+        raise BundleError("a picture's pixels are not finite")
+    half = np.float32(0.5)
+    return np.rint(np.clip(image * half + half, 0, 1) * np.float32(255)).astype(np.uint8)
+
+
+def fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture uint8 [H, W, 3] resized to another size (Lanczos)."""
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
+
+
 def from_uint8(pixels: np.ndarray) -> np.ndarray:
     """0 .. 255 to [-1, 1], float32."""
     return np.asarray(pixels, np.float32) / np.float32(127.5) - np.float32(1)

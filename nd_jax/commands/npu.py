@@ -61,6 +61,10 @@ def npu_build(
     videos: int = 16,
     samples: int = 24,
     overrides: Path | None = None,
+    rounding: Literal["nearest", "adaround", "seqmse"] = "nearest",
+    rounding_graphs: tuple[str, ...] = ("decoder", "decoder_first", "upscaler"),
+    rounding_iterations: int = 10_000,
+    super_resolution: Path | None = None,
     seed: int = 1,
     check: bool = True,
     overwrite: bool = False,
@@ -80,6 +84,10 @@ def npu_build(
         videos: prompts to record, three in four for ranges and the rest for figures.
         samples: recorded runs of each graph that are kept.
         overrides: JSON file, graph -> pattern of weight names -> "int8" or "int16".
+        rounding: how 8-bit weights are found; adaround and seqmse are AIMET's (extra aimet) and slow.
+        rounding_graphs: graphs that they are used for; the denoiser's stages share their weights and are left alone.
+        rounding_iterations: of AdaRound, for every layer.
+        super_resolution: folder of a QuickSRNet; default: the hybrid folder's own, if there is one.
         seed: of the recorded videos' noise.
         check: compare every graph with the JAX network, and stop below 100 dB.
         overwrite: replace an existing bundle.
@@ -89,8 +97,11 @@ def npu_build(
     check_at_least(0, seed=seed)
     check_at_least(8, videos=videos)
     check_at_least(4, samples=samples)
+    check_at_least(1, rounding_iterations=rounding_iterations)
     check_new(out, overwrite=overwrite)
-    from nd_jax.npu_workflow import build_bundle, quantised, read_overrides
+    with runtime_errors():
+        from nd_jax.converters.bundle.rounding import Rounding
+        from nd_jax.npu_workflow import build_bundle, quantised, read_overrides
     from nd_jax.system import load_system
 
     given = read_overrides(overrides)
@@ -99,7 +110,8 @@ def npu_build(
     then = None
     if not float_only:
         lines = [] if calibration else calibration_prompts(prompts, size, videos)
-        then = quantised(calibration, lines, samples=samples, seed=seed, overrides=given, say=say)
+        learned = None if rounding == "nearest" else Rounding(rounding, rounding_graphs, rounding_iterations)
+        then = quantised(calibration, lines, samples=samples, seed=seed, overrides=given, rounding=learned, say=say)
     with runtime_errors():
         print(
             build_bundle(
@@ -109,6 +121,7 @@ def npu_build(
                 overwrite=overwrite,
                 then=then,
                 say=say,
+                super_resolution=super_resolution,
                 height=height,
                 width=width,
                 frames=frames,
@@ -161,6 +174,7 @@ def npu_run(
     seed: int = 0,
     steps: tuple[int, ...] | None = None,
     guidance: float | None = None,
+    upscale: bool = True,
     precision: Literal["deployed", "fp32"] = "deployed",
     threads: int = 0,
     overwrite: bool = False,
@@ -172,10 +186,11 @@ def npu_run(
         bundle: folder written by `npu build`.
         out: mp4 file.
         negative_prompt: what guidance steers away from.
-        image: first frame, any size.
+        image: first frame, any size; default: one that a hybrid bundle makes itself.
         seed: of the noise.
         steps: steps per stage, lowest resolution first; default: what the bundle is made for.
         guidance: v_uncond + w (v_cond - v_uncond); 0 or 1: none.
+        upscale: enlarge frames, where the bundle has super-resolution.
         precision: "deployed" (W8A16 where the bundle has it) or "fp32".
         threads: of onnxruntime; 0: its own choice.
         overwrite: replace an existing file.
@@ -192,6 +207,7 @@ def npu_run(
         seed=seed,
         steps=steps,
         guidance=guidance,
+        upscale=upscale,
         precision=precision,
         threads=threads,
         overwrite=overwrite,
@@ -202,29 +218,52 @@ def npu_run(
         print(run(options))
 
 
-def npu_inspect(bundle: Path = Path("bundle"), target: tuple[str, ...] = (), names: Sequence[str] = ()) -> None:
+def npu_inspect(
+    bundle: Path = Path("bundle"),
+    target: tuple[str, ...] = (),
+    names: Sequence[str] = (),
+    details: bool = False,
+    full_size: bool = False,
+    json: Path | None = None,
+) -> None:
     """What is in a bundle: per graph operators, weights, MACs, bytes, SNR, a latency estimate; resident bytes.
 
     Args:
         bundle: folder written by `npu build`.
         target: targets to estimate for; default: all that are known.
-        names: graphs to show inputs and outputs of; default: none.
+        names: graphs to show operators, inputs, outputs and ranges of; default: none.
+        details: show them of all graphs.
+        full_size: the paper's pipeline instead of a bundle: 49 frames of 320x512, counted from shapes alone.
+        json: file for the same figures; an existing one is replaced.
     """
+    import json as reader
+
+    from nd_jax.outputs import new_file
+
     with runtime_errors():
-        from nd_jax.converters.bundle.inspect import report
+        from nd_jax.converters.bundle.inspect import facts, of_bundle, of_full_size, report
         from nd_jax.converters.runtime.manifest import Bundle
 
-        opened = Bundle(bundle)
-        opened.check_all()
-        for line in report(opened, target, names):
+        if full_size:
+            subject = of_full_size()
+        else:
+            opened = Bundle(bundle)
+            opened.check_all()
+            subject = of_bundle(opened)
+        for line in report(subject, target, names, details=details):
             print(line)
+        if json is not None:
+            with new_file(json, overwrite=True) as part:
+                part.write_text(reader.dumps(facts(subject, target), indent=1) + "\n")
 
 
 def npu_judge(
     bundle: Path = Path("bundle"),
     checkpoint: Path = Path(SHIPPED),
     prompts: int = 100,
+    record: Path | None = None,
     seed: int = 0,
+    precision: Literal["deployed", "fp32"] = "deployed",
     threads: int = 0,
 ) -> None:
     """Judged accuracy of a shapes bundle beside its checkpoint's in JAX: same prompts, same noise.
@@ -233,7 +272,9 @@ def npu_judge(
         bundle: folder written by `npu build`.
         checkpoint: what it was made from.
         prompts: captions, one video each.
+        record: JSON file that keeps what has been judged; the same command goes on where it ends.
         seed: of captions and noise.
+        precision: "deployed" (W8A16 where the bundle has it) or "fp32".
         threads: of onnxruntime; 0: its own choice.
     """
     check_at_least(2, prompts=prompts)
@@ -242,7 +283,16 @@ def npu_judge(
     from nd_jax.system import load_system
 
     with runtime_errors(), progress_bar("videos", prompts) as progress:
-        found = judge_bundle(bundle, load_system(checkpoint), prompts, seed=seed, threads=threads, progress=progress)
+        found = judge_bundle(
+            bundle,
+            load_system(checkpoint),
+            prompts,
+            seed=seed,
+            threads=threads,
+            precision=precision,
+            file=record,
+            progress=progress,
+        )
     for line in found.lines():
         print(line)
     if found.low < -0.02:
