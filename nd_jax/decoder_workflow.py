@@ -28,7 +28,9 @@ from nd_jax.recipes.preset import DecoderRun, Preset, as_settings
 from nd_jax.system import VideoSystem, latent_stats, load_system, save_system
 from nd_jax.training.checkpoint import load_tree
 from nd_jax.training.cluster import once
+from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.loop import Outcome, train
+from nd_jax.training.mesh import make_mesh
 from nd_jax.training.paths import named_leaves
 from nd_jax.workflow import open_data, process_batches
 
@@ -84,7 +86,8 @@ def train_decoder(
     config, params = load_component(codec, "video_vae", dtype="fp32") if isinstance(codec, str | Path) else codec
     teacher = with_constants(config)
     weights = None if lpips is None else read_lpips(lpips)
-    recipe = DecoderRecipe(teacher, run.recipe, source.height, source.width, lpips=weights)
+    mesh = make_mesh(run.loop.mesh)
+    recipe = DecoderRecipe(teacher, run.recipe, source.height, source.width, lpips=weights, hooks=sharding_hooks(mesh))
     fit = None
     if run.recipe.coarse_start:
         check_room(recipe.tiny)
@@ -100,6 +103,7 @@ def train_decoder(
         preset=f"{preset.name}/{name}",
         settings=as_settings(run),
         pinned={"batch": run.recipe.batch},
+        mesh=mesh,
         given=(recipe.frozen(params, weights), fit),
         quiet=quiet,
     )

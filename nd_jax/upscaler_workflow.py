@@ -24,7 +24,9 @@ from nd_jax.recipes.upscaler import UpscalerRecipe, interpolated, reduced
 from nd_jax.recipes.upscaler_start import fit_filters, has_room, linear_start
 from nd_jax.training.checkpoint import load_tree
 from nd_jax.training.cluster import once
+from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.loop import Outcome, train
+from nd_jax.training.mesh import make_mesh
 from nd_jax.workflow import process_batches
 
 RESULT, FIGURES = "super_resolution", "upscaler.json"
@@ -118,7 +120,8 @@ def train_upscaler(
     banned = {Path(path).resolve() for path in held_out}
     used = [path for path in map(Path, videos) if path.resolve() not in banned]
     source = PatchSource(used, size=run.recipe.size, seed=run.loop.seed, most=run.recipe.most)
-    recipe = UpscalerRecipe(run.network, run.recipe)
+    mesh = make_mesh(run.loop.mesh)
+    recipe = UpscalerRecipe(run.network, run.recipe, sharding_hooks(mesh))
     stream = process_batches(source, run.recipe.batch, run.loop.seed, keys=("image",))
     outcome = train(
         recipe,
@@ -128,6 +131,7 @@ def train_upscaler(
         preset=f"{preset.name}/{name}",
         settings=as_settings(run),
         pinned={"batch": run.recipe.batch},
+        mesh=mesh,
         given=first_parameters(run, source),
         quiet=quiet,
     )

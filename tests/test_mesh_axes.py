@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_mmdit
 import tiny_system
 from jax.sharding import PartitionSpec as P
 
 from nd_jax.errors import UserError
-from nd_jax.models.mmdit import definition
+from nd_jax.models.hooks import NO_HOOKS
+from nd_jax.models.mmdit import MMDiTConfig, definition
 from nd_jax.models.system import DENOISER
 from nd_jax.pyramid.normalise import LatentStats
 from nd_jax.pyramid.schedule import Schedule
@@ -105,6 +107,34 @@ def test_an_update_is_the_same_on_any_mesh(alone, sizes, devices, up, down):
     for name, value in alone.items():
         np.testing.assert_allclose(numbers[name], value, rtol=2e-3, atol=2e-5, err_msg=name)
     assert numbers["metrics"].all()
+
+
+def test_heads_of_zeros_fill_up_and_change_nothing(monkeypatch):
+    """Six heads over tensor=2 and context=2: three in each half of the layer, a fourth made up for attention."""
+    network = MMDiTConfig(8, 2, 4, 2, 4, 6, joint_attention_dim=24, pooled_projection_dim=16, pos_embed_max_size=12)
+    monkeypatch.setattr(test_mmdit, "TEXT", 6)
+    params = test_mmdit.draw_params(network)
+    *arrays, layouts = test_mmdit.draw_inputs(network)
+    seen = []
+
+    def answers(hooks):
+        def loss(params, arrays):
+            answer = definition(network, hooks=hooks)(params, *arrays, layouts)[0]
+            return jnp.mean(jnp.square(answer)), answer
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, arrays)
+
+    hooks = sharding_hooks(make_mesh(MeshConfig(fsdp=2, tensor=2, context=2)), EVERYTHING)
+
+    def noted(x, name):
+        seen.append((name, x.shape))
+        return hooks.activation(x, name)
+
+    found, expected = answers(dataclasses.replace(hooks, activation=noted)), answers(NO_HOOKS)
+    for (name, a), (_, b) in zip(named_leaves(found), named_leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5 * np.abs(b).max(), err_msg=name)
+    assert {shape[2] for name, shape in seen if name == "heads"} == {8}
+    assert {shape[2] for name, shape in seen if name == "seen"} == {24, 32}
 
 
 def test_what_does_not_divide_is_told_by_axis():

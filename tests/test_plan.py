@@ -22,7 +22,7 @@ from nd_jax.planning.compiled import DoesNotFit, read_program, topology_devices
 from nd_jax.planning.demand import Demand, demand
 from nd_jax.planning.plan import Settings, changed, largest_batch, plan_run
 from nd_jax.planning.programs import Systems, plannable, recipe_program, text_teacher
-from nd_jax.planning.splits import parse_split, usual_split
+from nd_jax.planning.splits import parse_split, recipe_split, rows_of, token_counts, usual_split
 from nd_jax.planning.traced import traced_flops
 from nd_jax.planning.useful import (
     adapter_flops,
@@ -38,6 +38,7 @@ from nd_jax.training.mesh import MeshConfig, make_mesh
 
 CONFIG = tiny_system.CONFIG
 ALONE = make_mesh(MeshConfig(), jax.devices()[:1])
+TOKENS = [2920, 1000, 128]
 
 
 def array(*shape, dtype=jnp.float32):
@@ -113,10 +114,21 @@ def test_padding_of_the_full_size_layouts():
     assert needed.videos == 280
 
 
+@pytest.mark.parametrize("name", load_preset("neodragon_320p").runs)
+def test_every_run_divides_every_slice_at_the_presets_batch(name):
+    """By axes that their programs can be split over: rows, then tokens or lines, then layers."""
+    recipe = recipe_program(load_preset("neodragon_320p"), name, ALONE).recipe
+    for slice_ in ("v5e:4x4", "v5p:4x4x8", "v6e:16x16"):
+        topology = parse_topology(slice_)
+        sizes = recipe_split(topology.chips, recipe)
+        assert sizes.data * sizes.fsdp * sizes.tensor * sizes.context == topology.chips
+        columns = len(getattr(recipe, "columns", (0,)))
+        assert rows_of(recipe.config, columns) % (sizes.data * sizes.fsdp) == 0
+
+
 def test_every_run_of_the_recipe_is_planned():
-    """All but what it is compared with, and super-resolution, which fits one chip."""
     preset = load_preset("neodragon_320p")
-    assert set(preset.runs) - set(plannable(preset)) == {"progressive", "mean_flow", "adversarial", "upscaler"}
+    assert plannable(preset) == list(preset.runs)
     assert text_teacher(preset).text_encoder_3.d_model == 4096
     with pytest.raises(UserError, match="run 'codec' of shapes_tiny is not planned"):
         recipe_program(load_preset("shapes_tiny"), "codec", ALONE)
@@ -132,29 +144,58 @@ def test_distillation_needs_more_than_training():
     assert 2.9 < distillation / training < 3.6
 
 
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("progressive", 6.5 / 3, 7 / 3),  # three passes of a student as deep as its teacher, two guided ones of that
+        ("mean_flow", 4.5 / 3, 5.5 / 3),  # four of the pruned student's, one guided one of the teacher's
+        ("adversarial", 4.5 / 3, 5.5 / 3),  # three of either
+    ],
+)
+def test_what_the_baselines_need(name, least, most):
+    preset, recipe = flow()
+    systems = Systems.of(preset)
+    training = demand(preset, systems, recipe).flops / 256
+    _, baseline = flow(name)
+    assert least < demand(preset, systems, baseline).flops / baseline.config.batch / training < most
+
+
 # ---- dividing a slice
 
 
 @pytest.mark.parametrize(
-    ("chips", "rows", "heads", "expected"),
+    ("chips", "rows", "heads", "parts", "expected"),
     [
-        (16, 64, 24, MeshConfig(fsdp=16)),
-        (128, 64, 24, MeshConfig(fsdp=64, context=2)),
-        (128, 16, 24, MeshConfig(fsdp=16, context=8)),
-        (256, 1024, None, MeshConfig(fsdp=256)),
+        (16, 64, 24, TOKENS, MeshConfig(fsdp=16)),
+        (128, 64, 24, TOKENS, MeshConfig(fsdp=64, context=2)),
+        (128, 16, 24, TOKENS, MeshConfig(fsdp=16, context=8)),
+        (256, 16, 24, TOKENS, MeshConfig(fsdp=16, context=8, tensor=2)),
+        (256, 1024, None, (), MeshConfig(fsdp=256)),
+        (256, 64, None, [40], MeshConfig(fsdp=64, context=4)),
+        (48, 16, 24, [1000, 125], MeshConfig(fsdp=16, tensor=3)),
     ],
 )
-def test_the_batch_comes_first_and_tokens_take_what_is_left(chips, rows, heads, expected):
-    assert usual_split(chips, rows, heads) == expected
+def test_the_batch_comes_first_and_tokens_take_what_is_left(chips, rows, heads, parts, expected):
+    assert usual_split(chips, rows, heads, parts) == expected
+
+
+def test_a_recipe_tells_what_its_examples_are_made_of():
+    """Of 40x64 latents in patches of 2: 280 + 2 x 520 + 1600 tokens with history, 40 + 2 x 160 + 640 without."""
+    assert token_counts(flow()[1]) == [2920, 1000, 128]
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "told"),
-    [(16, 24, "24 heads do not divide by context=16"), (64, None, "64 leaves 4 for axis context, and examples cannot")],
+    ("rows", "heads", "parts", "told"),
+    [
+        (1, 24, TOKENS, "context=8 is all that divides 2920 and 1000 and 128 tokens, and 24 heads .* by tensor=32"),
+        (4, 24, (), "fsdp=4 leaves 64 ways, but 24 heads do not divide by tensor=64"),
+        (64, None, (), "fsdp=64 leaves 4 ways, but examples cannot be split further; use a batch of a multiple of 256"),
+        (16, None, [40], "context=8 is all that divides 40 tokens, and layers are not split"),
+    ],
 )
-def test_what_cannot_be_divided_is_told(rows, heads, told):
+def test_what_cannot_be_divided_is_told(rows, heads, parts, told):
     with pytest.raises(UserError, match=told):
-        usual_split(256, rows, heads)
+        usual_split(256, rows, heads, parts)
 
 
 def test_mesh_sizes_as_words():

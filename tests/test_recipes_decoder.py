@@ -29,6 +29,7 @@ from nd_jax.recipes.multiscale import multiscale_terms
 from nd_jax.recipes.perceptual import lpips_params
 from nd_jax.recipes.preset import load_preset
 from nd_jax.recipes.tiny_student import matching_levels, student_config
+from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.mesh import MeshConfig, make_mesh
 from nd_jax.training.optim import OptimConfig
 from nd_jax.training.paths import named_leaves
@@ -61,10 +62,11 @@ def teacher_params() -> dict:
     return tiny_system.random_system_params()["causal_video_vae"]
 
 
-def program_on(devices: int, **changes) -> Program:
-    recipe = DecoderRecipe(TEACHER, dataclasses.replace(CONFIG, **changes), HEIGHT, WIDTH)
+def program_on(devices: int, sizes: MeshConfig | None = None, **changes) -> Program:
+    mesh = make_mesh(sizes or MeshConfig(data=-1, fsdp=min(devices, 4)), jax.devices()[:devices])
+    config = dataclasses.replace(CONFIG, **changes)
+    recipe = DecoderRecipe(TEACHER, config, HEIGHT, WIDTH, hooks=sharding_hooks(mesh))
     recipe.rules = dataclasses.replace(recipe.rules, minimum=200)
-    mesh = make_mesh(MeshConfig(data=-1, fsdp=min(devices, 4)), jax.devices()[:devices])
     return Program(recipe, mesh, jax.random.key(0), (recipe.frozen(teacher_params()),))
 
 
@@ -178,6 +180,15 @@ def test_eight_devices_in_two_passes_agree_with_one(trained):
     assert any("decoder/" in name for name in split)
     assert any("encoder/" in name for name in split)
     rows, _ = steps_of(program, 2)
+    for found, expected in zip(rows, trained[0], strict=False):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.heavy
+def test_lines_of_a_picture_split_over_devices_change_nothing(trained):
+    """Two clips a device's row, each clip's lines on two devices: what a batch smaller than a slice needs."""
+    rows, _ = steps_of(program_on(4, MeshConfig(fsdp=2, context=2)), 2)
     for found, expected in zip(rows, trained[0], strict=False):
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-6, err_msg=name)

@@ -147,12 +147,13 @@ class Block(nnx.Module):
         context = [m[:, None] for m in self.norm1_context(conditioning)]
         y = modulate(text, context[0], context[1])
         text_heads = self.attn.text_queries(y), *self.attn.text_keys_values(y)
-        image_heads, text_heads = ([hooks.constrain(x, "heads") for x in each] for each in (image_heads, text_heads))
+        image_heads, text_heads = ([hooks.spread_heads(x) for x in each] for each in (image_heads, text_heads))
 
         seen = attend_all(join(text_heads, image_heads, groups), groups, image.dtype, hooks)
         seen = [jnp.split(x, [text.shape[1]], axis=1) for x in seen]
-        image_seen = hooks.constrain(jnp.concatenate([x for _, x in seen], axis=1), "seen")
-        text_seen = hooks.constrain(jnp.stack([x for x, _ in seen], axis=1).reshape(text.shape), "seen")
+        image_seen = hooks.own_heads(jnp.concatenate([x for _, x in seen], axis=1), image.shape[-1])
+        text_seen = jnp.stack([x for x, _ in seen], axis=1).reshape(*text.shape[:2], -1)
+        text_seen = hooks.own_heads(text_seen, text.shape[-1])
 
         image = image + gate * self.attn.to_out(image_seen)
         image = image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
@@ -191,15 +192,15 @@ class LastBlock(nnx.Module):
         scale, shift = (m[:, None] for m in self.norm1_context(conditioning))
         y = modulate(text, shift, scale)
 
-        queries = hooks.constrain(self.attn.image_queries(trailing(x, lengths, kept)), "heads")
+        queries = hooks.spread_heads(self.attn.image_queries(trailing(x, lengths, kept)))
         image_heads, text_heads = self.attn.image_keys_values(x), self.attn.text_keys_values(y)
-        image_heads, text_heads = ([hooks.constrain(x, "heads") for x in each] for each in (image_heads, text_heads))
+        image_heads, text_heads = ([hooks.spread_heads(x) for x in each] for each in (image_heads, text_heads))
         joined = join(text_heads, image_heads, groups)
         asked = [(q, *keys_values) for q, keys_values in zip(cut(queries, kept), joined, strict=True)]
         seen = attend_all(asked, groups, image.dtype, hooks)
 
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, kept) for m in modulation)
-        seen = hooks.constrain(jnp.concatenate(seen, axis=1), "seen")
+        seen = hooks.own_heads(jnp.concatenate(seen, axis=1), image.shape[-1])
         image = trailing(image, lengths, kept) + gate * self.attn.to_out(seen)
         return image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
 

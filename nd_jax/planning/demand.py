@@ -17,9 +17,13 @@ from nd_jax.planning.useful import (
     real_tokens,
     t5_flops,
 )
+from nd_jax.recipes.adversarial import AdversarialRecipe
 from nd_jax.recipes.dmd import DmdRecipe
+from nd_jax.recipes.few_step import FewStepRecipe
 from nd_jax.recipes.flow_matching import FlowRecipe
+from nd_jax.recipes.mean_flow import MeanFlowRecipe
 from nd_jax.recipes.preset import Preset
+from nd_jax.recipes.progressive import ProgressiveRecipe
 from nd_jax.recipes.recovery import RecoveryRecipe
 from nd_jax.recipes.text_distillation import TextDistillRecipe
 
@@ -82,12 +86,8 @@ def denoiser_demand(systems: Systems, recipe: FlowRecipe, text: int) -> Demand:
         return denoiser_flops(network, tokens.times(rows), rows * columns)
 
     student, teacher = passes(own, real), passes(whole, real)
-    if isinstance(recipe, DmdRecipe):
-        # Every update of the fake trains it, on answers of the student's own unless they are shared. Then the student's
-        # training, with what the fake and the teacher (twice, if guided) say of its answer. Rollouts do not count.
-        guided = not config.first_guidance == config.later_guidance == 1
-        fake = (3 if config.shared else 4) * student
-        useful = config.fake_updates * fake + 3 * student + student + (2 if guided else 1) * teacher
+    if isinstance(recipe, FewStepRecipe):
+        useful = _distilling(recipe, student, teacher)
     elif isinstance(recipe, RecoveryRecipe):
         useful = 3 * student + teacher
     else:
@@ -101,6 +101,24 @@ def denoiser_demand(systems: Systems, recipe: FlowRecipe, text: int) -> Demand:
         real.text / max(padded.text, 1),
         passes(own, all_text) / passes(own, padded),
     )
+
+
+def _distilling(recipe: FewStepRecipe, student: float, teacher: float) -> float:
+    """One update of step distillation, from the operations of one pass of either network. Rollouts do not count."""
+    config = recipe.config
+    asked = teacher if config.first_guidance == config.later_guidance == 1 else 2 * teacher
+    if isinstance(recipe, DmdRecipe):
+        # Every update of the fake trains it, on answers of the student's own unless they are shared. Then the student's
+        # training, with what the fake and the teacher say of its answer.
+        fake = (3 if config.shared else 4) * student
+        return config.fake_updates * fake + 3 * student + student + asked
+    if isinstance(recipe, ProgressiveRecipe):
+        return 3 * student + config.teacher_steps * asked  # of the first round; later ones are not guided
+    if isinstance(recipe, MeanFlowRecipe):
+        return 3 * student + asked + (1 if config.difference else 2) * student
+    if isinstance(recipe, AdversarialRecipe):
+        return 3 * student + 3 * teacher  # which reads data and answers, and takes gradients to the answers
+    raise TypeError(type(recipe))
 
 
 def _text(system: SystemConfig, prompts: int, text: int) -> float:

@@ -14,9 +14,8 @@ from nd_jax.planning.chips import Topology
 from nd_jax.planning.compiled import DoesNotFit, Reading, read_program, topology_devices
 from nd_jax.planning.demand import Demand, demand
 from nd_jax.planning.programs import Systems, counted_parameters, recipe_program, sampling_calls
-from nd_jax.planning.splits import usual_split
+from nd_jax.planning.splits import recipe_split
 from nd_jax.planning.traced import traced_flops
-from nd_jax.recipes.flow_matching import FlowRecipe
 from nd_jax.recipes.preset import Preset
 from nd_jax.training.mesh import MeshConfig, batch_ways, make_mesh
 
@@ -88,11 +87,8 @@ def changed(preset: Preset, name: str, settings: Settings) -> Preset:
 
 
 def _split(preset: Preset, recipe: Any, topology: Topology, name: str) -> MeshConfig:
-    columns = len(recipe.columns) if isinstance(recipe, FlowRecipe) else 1
-    rows = recipe.config.batch // columns // recipe.config.microbatches
-    heads = recipe.system.diffusion_transformer.num_attention_heads if isinstance(recipe, FlowRecipe) else None
     try:
-        return usual_split(topology.chips, rows, heads)
+        return recipe_split(topology.chips, recipe)
     except UserError as error:
         raise UserError(f"{preset.name} {name} on {topology.name}: {error}") from None
 

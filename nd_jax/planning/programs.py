@@ -22,13 +22,30 @@ from nd_jax.models.system import ADAPTER, CODEC, DENOISER, T5, TEXT_PARTS, Syste
 from nd_jax.models.t5 import T5Config, t5_xxl
 from nd_jax.pyramid.layout import envelopes, layout_arrays
 from nd_jax.pyramid.sampler import guide, twice
+from nd_jax.recipes.adversarial import AdversarialRecipe
 from nd_jax.recipes.decoder_distillation import DecoderRecipe
 from nd_jax.recipes.dmd import DmdRecipe
+from nd_jax.recipes.few_step import FewStepRecipe
 from nd_jax.recipes.flow_matching import FlowRecipe
-from nd_jax.recipes.preset import DecoderRun, DmdRun, FlowRun, Preset, RecoveryRun, TextDistillRun
+from nd_jax.recipes.mean_flow import MeanFlowRecipe
+from nd_jax.recipes.preset import (
+    AdversarialRun,
+    DecoderRun,
+    DmdRun,
+    FlowRun,
+    MeanFlowRun,
+    Preset,
+    ProgressiveRun,
+    RecoveryRun,
+    StepRun,
+    TextDistillRun,
+    UpscalerRun,
+)
+from nd_jax.recipes.progressive import ProgressiveRecipe
 from nd_jax.recipes.recovery import RecoveryRecipe
 from nd_jax.recipes.text_distillation import TextDistillRecipe
 from nd_jax.recipes.text_teacher import EMBEDDER
+from nd_jax.recipes.upscaler import UpscalerRecipe
 from nd_jax.system import latent_stats
 from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.mesh import batch_entry
@@ -62,8 +79,7 @@ class Systems:
 
 def plannable(preset: Preset) -> list[str]:
     """Names of the runs that ``recipe_program`` knows to build."""
-    kinds = (FlowRun, RecoveryRun, DmdRun, TextDistillRun, DecoderRun)
-    return [name for name, run in preset.runs.items() if isinstance(run, kinds)]
+    return [name for name, run in preset.runs.items() if isinstance(run, tuple(_MAKERS))]
 
 
 def recipe_program(
@@ -94,10 +110,12 @@ def _recovery(preset: Preset, systems: Systems, run: Any, config: Any, mesh: Mes
     return made, (_abstract(made, TEXT_PARTS, DENOISER), _denoiser(systems.whole))
 
 
-def _dmd(preset: Preset, systems: Systems, run: Any, config: Any, mesh: Mesh) -> tuple[Any, tuple]:
+def _steps(preset: Preset, systems: Systems, run: StepRun, config: Any, mesh: Mesh) -> tuple[Any, tuple]:
     text, clip = preset.video.text_length, preset.video.clip_length
     negative = TextTokens(*(np.zeros((1, n), np.int32) for n in (text, text, clip, clip)))
-    made = DmdRecipe(systems.pruned, config, negative=negative, **_options(preset, mesh))
+    # Over several rounds the student becomes a teacher, and is as deep as the first one.
+    own = systems.whole if getattr(config, "rounds", 1) > 1 else systems.pruned
+    made = STEP_RECIPES[type(run)](own, config, negative=negative, **_options(preset, mesh))
     return made, (_abstract(made, TEXT_PARTS, DENOISER), _denoiser(systems.whole))
 
 
@@ -136,8 +154,12 @@ def _text(preset: Preset, systems: Systems, run: TextDistillRun, config: Any, me
 def _decoder(preset: Preset, systems: Systems, run: DecoderRun, config: Any, mesh: Mesh) -> tuple[Any, tuple]:
     teacher, video = NativeVAEConfig(), preset.video
     lpips = vgg16() if min(video.height, video.width) >= 64 else None
-    made = DecoderRecipe(teacher, config, video.height, video.width, lpips=lpips)
+    made = DecoderRecipe(teacher, config, video.height, video.width, lpips=lpips, hooks=sharding_hooks(mesh))
     return made, (made.frozen(causal_vae.definition(teacher).abstract(), lpips),)
+
+
+def _upscaler(preset: Preset, systems: Systems, run: UpscalerRun, config: Any, mesh: Mesh) -> tuple[Any, tuple]:
+    return UpscalerRecipe(run.network, config, sharding_hooks(mesh)), ()
 
 
 def vgg16() -> Params:
@@ -154,12 +176,19 @@ def vgg16() -> Params:
     return {"conv": convs, "lin": lins, "colours": colours}
 
 
+STEP_RECIPES: Mapping[type, type[FewStepRecipe]] = {
+    DmdRun: DmdRecipe,
+    ProgressiveRun: ProgressiveRecipe,
+    MeanFlowRun: MeanFlowRecipe,
+    AdversarialRun: AdversarialRecipe,
+}
 _MAKERS: Mapping[type, Callable] = {
     RecoveryRun: _recovery,
-    DmdRun: _dmd,
     FlowRun: _flow,
     TextDistillRun: _text,
     DecoderRun: _decoder,
+    UpscalerRun: _upscaler,
+    **dict.fromkeys(STEP_RECIPES, _steps),
 }
 
 

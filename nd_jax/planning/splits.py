@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from nd_jax.errors import UserError
+from nd_jax.recipes.decoder_distillation import DecoderRecipe
+from nd_jax.recipes.flow_matching import FlowRecipe
+from nd_jax.recipes.upscaler import UpscalerRecipe
 from nd_jax.training.mesh import MeshConfig
 
 
@@ -22,23 +27,51 @@ def parse_split(text: str) -> MeshConfig:
     return MeshConfig(**{"data": 1, "fsdp": 1} | sizes)
 
 
-def usual_split(chips: int, rows: int, heads: int | None) -> MeshConfig:
-    """All chips share the batch where its ``rows`` divide; what is left over splits tokens, as far as heads divide.
+def usual_split(
+    chips: int, rows: int, heads: int | None = None, parts: Sequence[int] = (), what: str = "tokens"
+) -> MeshConfig:
+    """All chips share the batch where its ``rows`` divide. What is left over splits ``what`` an example is made of, as
+    far as every number in ``parts`` divides, and then each layer, as far as ``heads`` divide.
 
     Raises UserError when no division works, saying which number does not divide. ``heads`` is None for networks whose
-    tokens cannot be split.
+    layers cannot be split, ``parts`` empty for examples that cannot.
     """
-    most = max(n for n in range(1, chips + 1) if chips % n == 0 and rows % n == 0)
-    context = chips // most
-    if context > 1 and (heads is None or heads % context):
-        what = (
-            "examples cannot be split further" if heads is None else f"{heads} heads do not divide by context={context}"
-        )
+    most = math.gcd(chips, rows)
+    left = chips // most
+    context = math.gcd(left, *parts) if parts else 1
+    tensor = left // context
+    if tensor > 1 and (heads is None or heads % tensor):
+        ways = f"context={context} is all that divides {' and '.join(map(str, parts))} {what}" if parts else ""
+        if heads is None:
+            ways = f"{ways}, and layers are not split" if parts else "examples cannot be split further"
+        else:
+            ways += f"{', and ' if parts else ''}{heads} heads do not divide by tensor={tensor}"
         raise UserError(
-            f"a batch of {rows} rows for {chips} chips: fsdp={most} leaves {context} for axis context, and {what}; "
-            f"use a batch of a multiple of {chips} rows, or fewer chips"
+            f"a batch of {rows} rows for {chips} chips: fsdp={most} leaves {left} ways, but {ways}; use a batch of a "
+            f"multiple of {chips} rows, or fewer chips"
         )
-    return MeshConfig(data=1, fsdp=most, context=context)
+    return MeshConfig(data=1, fsdp=most, tensor=tensor, context=context)
+
+
+def recipe_split(chips: int, recipe: Any) -> MeshConfig:
+    """``usual_split`` for a recipe's batch. Raises UserError likewise."""
+    config = recipe.config
+    if isinstance(recipe, FlowRecipe):
+        heads = recipe.system.diffusion_transformer.num_attention_heads
+        return usual_split(chips, rows_of(config, len(recipe.columns)), heads, token_counts(recipe))
+    rows = rows_of(config, 1)
+    if isinstance(recipe, DecoderRecipe):
+        return usual_split(chips, rows, None, [recipe.latent_shape()[2]], "lines of latents")
+    if isinstance(recipe, UpscalerRecipe):
+        lines = round(config.size / recipe.network.scaling_factor)
+        return usual_split(chips, rows, None, [lines], "lines of small pictures")
+    return usual_split(chips, rows)
+
+
+def token_counts(recipe: FlowRecipe) -> list[int]:
+    """Lengths of the sequences that a row's columns make: image tokens, those of current clips, and text tokens."""
+    current = [math.prod(envelope.clips[-1]) // envelope.patch_size**2 for envelope in recipe.envelopes]
+    return [sum(envelope.image_length for envelope in recipe.envelopes), sum(current), recipe.lengths[0]]
 
 
 def rows_of(recipe_config: Any, columns: int) -> int:

@@ -20,6 +20,7 @@ from nd_jax.models.causal_conv import uniform_fan_in
 from nd_jax.models.causal_vae import NativeVAEConfig, definition, posterior
 from nd_jax.models.codec_config import CodecConfig
 from nd_jax.models.functional import Params
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.recipes.coarse_start import coarse_start
 from nd_jax.recipes.multiscale import MultiscaleConfig, multiscale_terms
 from nd_jax.recipes.perceptual import Lpips
@@ -100,8 +101,10 @@ class DecoderRecipe:
         *,
         lpips: Params | None = None,
         student: Student | None = None,
+        hooks: ShardingHooks = NO_HOOKS,
     ):
         self.teacher, self.config, self.rules, self.size = teacher, config, Rules(), (height, width)
+        self.hooks = hooks
         dtype = jnp.dtype(config.dtype)
         self.tiny = None
         if student is None:
@@ -172,16 +175,16 @@ class DecoderRecipe:
     def loss(self, params: Params, examples: dict[str, Array], frozen: Params) -> tuple[Array, dict[str, Array]]:
         """Mean loss over clips, and its terms; ``examples`` has ``video`` in uint8 and what ``draws`` gives."""
         config = self.config
-        video = examples["video"].astype(jnp.float32) / 127.5 - 1
+        video = self.hooks.constrain(examples["video"].astype(jnp.float32) / 127.5 - 1, "pixels")
         code = posterior(self.encoder.bind(frozen["codec"]).encode(video))
-        latent = code.sample(examples["noise"]) if config.sample else code.mean
+        latent = self.hooks.constrain(code.sample(examples["noise"]) if config.sample else code.mean, "pixels")
         student = {name: part for name, part in params.items() if name != MATCH}
         if self.levels:
             activations: dict[str, Array] = {}
             made = self.student(student, latent, activations)
         else:
             made = self.student(student, latent)
-        made = made.astype(jnp.float32)
+        made = self.hooks.constrain(made.astype(jnp.float32), "pixels")
         terms = {"squared": jnp.square(made - video).mean((1, 2, 3, 4))}
         total = config.squared * terms["squared"]
         if self.lpips is not None:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from nd_jax.errors import UserError
 from nd_jax.models.functional import Params
+from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.quicksrnet import QuickSRNetConfig, definition, enlarge, near_identity
 from nd_jax.training.optim import OptimConfig, make_optimizer, value_and_grad
 from nd_jax.training.sharding import Rules
@@ -69,7 +70,7 @@ def interpolated(
 class UpscalerRecipe:
     """The upscaler recipe for the loop; batches are ``{"image": uint8 [B, size, size, 3]}``."""
 
-    def __init__(self, network: QuickSRNetConfig, config: UpscalerRecipeConfig):
+    def __init__(self, network: QuickSRNetConfig, config: UpscalerRecipeConfig, hooks: ShardingHooks = NO_HOOKS):
         # The small picture has whole pixels, and 1.5x needs an even number of them.
         step = 2 * network.ratio.numerator
         if config.size < step or config.size % step:
@@ -79,7 +80,7 @@ class UpscalerRecipe:
             raise UserError(
                 f"upscaler: weights {config.absolute} and {config.squared}; expected none below 0, and one above"
             )
-        self.network, self.config, self.rules = network, config, Rules()
+        self.network, self.config, self.rules, self.hooks = network, config, Rules(), hooks
         self.upscaler = definition(network, dtype=jnp.dtype(config.dtype))
         self.optimizer = make_optimizer(config.optim, self.rules)
         self._grads = value_and_grad(self.loss, config.microbatches)
@@ -97,8 +98,8 @@ class UpscalerRecipe:
 
     def loss(self, params: Params, examples: dict[str, UInt8[Array, "b h w 3"]]) -> tuple[Array, dict[str, Array]]:
         """Mean loss over pictures, and its terms."""
-        image = examples["image"].astype(jnp.float32) / 255
-        small = reduced(image, self.network.scaling_factor)
+        image = self.hooks.constrain(examples["image"].astype(jnp.float32) / 255, "pixels")
+        small = self.hooks.constrain(reduced(image, self.network.scaling_factor), "pixels")
         made = enlarge(self.upscaler, params, small, self.network).astype(jnp.float32)
         terms = {"absolute": jnp.abs(made - image).mean(), "squared": jnp.square(made - image).mean()}
         return self.config.absolute * terms["absolute"] + self.config.squared * terms["squared"], terms

@@ -26,11 +26,12 @@ def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES, *, attention: Atten
 
     Between blocks activations are split over examples (axis 0) and, along ``context``, over tokens (axis 1); inside
     attention over heads instead, which takes an all-to-all before and one after (DeepSpeed-Ulysses, arXiv 2309.14509).
+    Where heads do not divide, heads of zeros fill up; pixels are split over ``context`` by lines of the picture.
     Prompts in text encoders are split over as many axes as divide them.
     Weights, already in the compute dtype, are gathered where a layer reads them, except for the dimension that a rule
     gives to ``tensor``; their gradients go straight back to the parameters' slices (a reduce-scatter, where plain
     constraints would ask for an all-reduce).
-    Raises ``UserError`` while tracing when examples, tokens or heads do not divide, naming the axis.
+    Raises ``UserError`` while tracing when examples, tokens, heads or lines do not divide, naming the axis.
     """
     chosen = attention == "splash" or (attention == "auto" and on_tpu(mesh))
     kernel = splash_on(mesh) if chosen else None
@@ -52,7 +53,7 @@ def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES, *, attention: Atten
             ways = math.prod(mesh.shape[axis] for axis in axes)
             if x.shape[dim] % ways:
                 told = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
-                what = "heads" if name == "heads" else "tokens" if dim == 1 else "channels"
+                what = {"heads": "heads", "pixels": "lines"}.get(name, "tokens" if dim == 1 else "channels")
                 raise UserError(
                     f"activation {name!r} {list(x.shape)}: {x.shape[dim]} {what} do not divide by mesh axes {told}; "
                     f"choose sizes that divide {x.shape[dim]}"
@@ -74,7 +75,8 @@ def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES, *, attention: Atten
         gathered.defvjp(lambda w: (gathered(w), None), backward)
         return gathered(w)
 
-    return ShardingHooks(activation=activation, weights=gather, attention=kernel)
+    ways = mesh.shape.get("tensor", 1), mesh.shape.get("context", 1)
+    return ShardingHooks(activation=activation, weights=gather, attention=kernel, head_ways=ways)
 
 
 def on_tpu(mesh: Mesh) -> bool:
@@ -114,6 +116,8 @@ def _dims(name: str, x: jax.Array, inner: tuple[str, ...]) -> list[tuple[str, ..
         return [(), inner, ()] if inner else None
     if name == "seen":
         return [context, tensor] if inner else None
+    if name == "pixels":
+        return [*((),) * (x.ndim - 4), context, (), ()] if context else None
     return [context if x.ndim > 2 else (), *((),) * (x.ndim - 2)]
 
 
