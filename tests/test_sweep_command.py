@@ -64,6 +64,7 @@ def test_a_stopped_sweep_is_gone_on_with(folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     command = ["prune", "sweep", str(folder), "--out", str(out), "--budget", "3", "--candidates", "60"]
     command += ["--prompt-file", str(tmp_path / "prompts.txt"), "--batch", "2", "--chunk", "1", "--gate-steps", "4"]
+    command += ["--judge", "1", "--judge-prompts", "2", "--videos", "1"]
     assert cli.main(command) == 0
     told = capsys.readouterr()
     assert f"going on with {first.scored} known candidates" in told.err
@@ -81,6 +82,10 @@ def test_a_stopped_sweep_is_gone_on_with(folder, tmp_path, capsys):
     html = (out / "report.html").read_text()
     assert html.count("image/svg+xml") == 3 + 3 + 4, "two maps and pairs; parameters, operations, bytes; four chips"
     assert "Interaction of pairs" in html
+    assert "Judged accuracy of short generations" in html
+    finalists = told.err.count("judged accuracy ")
+    assert 2 <= finalists <= 5, "the whole network, the best, and up to three choices of other scores"
+    assert html.count("video/mp4") == finalists == len(list((out / "videos").glob("*.mp4")))
     assert whole["left"] == [4 - len(dropped) for dropped in whole["dropped"]]
     sizes = {len(d): m for d, m in zip(whole["dropped"], whole["macs"], strict=True)}
     assert sorted(sizes.values(), reverse=True) == [sizes[count] for count in sorted(sizes)], "fewer blocks, less work"
