@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from nd_jax.errors import UserError
 from nd_jax.models.causal_vae import posterior
+from nd_jax.models.gates import Gates
 from nd_jax.models.system import CODEC, DENOISER, Conditions
 from nd_jax.pixels import from_uint8, to_uint8
 from nd_jax.pyramid.layout import REAL, envelopes, layout_arrays, legal_multiple
@@ -121,12 +122,14 @@ class Generator:
         trace: Callable | None = None,
         influence: bool = False,
         kept: Int[Array, " k"] | None = None,
+        gates: Gates | None = None,
     ) -> Float[Array, "b u h w c"] | tuple[Array, Array]:
         """Normalised latents for B prompts.
 
         ``negative`` (B rows) is needed when the plan has guidance. ``first_latent`` is a given, normalised unit 0. With
         ``influence`` also the sums that ``BlockInfluence.from_sums`` reads, over every denoiser call: [stages, blocks,
-        2, 2]. With ``kept`` only these blocks run (and the last one); which ones is data, so nothing compiles again.
+        2, 2]. With ``kept`` only these blocks run (and the last one), with ``gates`` pieces of them count for nothing;
+        which ones is data, so nothing compiles again.
         """
         guided = needs_negative(plan)
         plan, conditions = with_negative(plan, conditions, negative)
@@ -135,7 +138,7 @@ class Generator:
 
         def velocity(stage: int):
             def run(*inputs):
-                found, summed = stages[stage](params, conditions, *inputs, kept=kept)
+                found, summed = stages[stage](params, conditions, *inputs, kept=kept, gates=gates)
                 if influence:
                     sums[stage] += summed
                 return found
@@ -186,7 +189,20 @@ def with_negative(
 
 
 def _denoise(
-    denoiser, envelope, params, conditions, z, timestep, history, unit, scale, *, guided, influence, kept=None
+    denoiser,
+    envelope,
+    params,
+    conditions,
+    z,
+    timestep,
+    history,
+    unit,
+    scale,
+    *,
+    guided,
+    influence,
+    kept=None,
+    gates=None,
 ):
     """One stage's velocity; with ``influence`` also this call's sums, [blocks, 2, 2], where padding weighs nothing.
 
@@ -198,9 +214,8 @@ def _denoise(
     if influence:
         real = jnp.broadcast_to(layout.segments == REAL, (len(z), envelope.length)).astype(jnp.float32)
         reducer = influence_reducer(real[:, envelope.text_length :], real[:, : envelope.text_length])
-    found = denoiser(
-        params, [(*history, z)], conditions.text, conditions.pooled, timestep, [layout], reducer=reducer, kept=kept
-    )
+    inputs = [(*history, z)], conditions.text, conditions.pooled, timestep, [layout]
+    found = denoiser(params, *inputs, reducer=reducer, kept=kept, gates=gates)
     if influence:
         found, sums = found
     return (guide(found[0], scale) if guided else found[0]), sums
@@ -236,6 +251,7 @@ def generate_batches(
     batch: int = 16,
     generator: Generator | None = None,
     kept: Int[Array, " k"] | None = None,
+    gates: Gates | None = None,
     samples: Sequence[int | str] | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Iterator[UInt8[np.ndarray, "b t h w 3"]]:
@@ -249,6 +265,7 @@ def generate_batches(
             [B, 1, h, w, C], instead; see ``first_unit``.
         generator: size, length and compiled programs; default: one for what the folder asks for.
         kept: the denoiser's blocks to run, besides the last one; default: all.
+        gates: on what its blocks add; default: all open.
         samples: names of the prompts' noise; default: their places.
         warn: receives one line for every prompt that was too long.
 
@@ -277,7 +294,9 @@ def generate_batches(
         if first_frames is not None:
             given = np.pad(first_frames[rows.start : rows.stop], ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge")
             first = generator.encode_first_frame(given, noise.first)
-        latents = generator.latents(conditions, noise, plan, negative=negative, first_latent=first, kept=kept)
+        latents = generator.latents(
+            conditions, noise, plan, negative=negative, first_latent=first, kept=kept, gates=gates
+        )
         yield generator.decode(latents)[: len(rows)]
 
 

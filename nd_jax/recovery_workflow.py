@@ -16,6 +16,7 @@ import numpy as np
 
 from nd_jax.errors import UserError
 from nd_jax.models.mmdit import definition
+from nd_jax.models.mmdit_config import NARROWED
 from nd_jax.models.system import DENOISER, TEXT_PARTS
 from nd_jax.recipes.preset import Preset, RecoveryRun
 from nd_jax.recipes.recovery import RecoveryRecipe
@@ -81,11 +82,14 @@ def check_pair(student: VideoSystem, teacher: VideoSystem) -> None:
 
 
 def different_parts(student: VideoSystem, teacher: VideoSystem) -> list[str]:
-    """Text encoders that differ in settings or numbers, and the denoiser if more than its depth differs in shape."""
+    """Text encoders that differ in settings or numbers, and the denoiser if more than its depth and the width of its
+    blocks differs in shape."""
     depth = student.config.diffusion_transformer.num_layers
-    like = dataclasses.replace(teacher.config.diffusion_transformer, num_layers=depth)
+    own = student.config.diffusion_transformer
+    narrowed = {name: getattr(own, name) for name in NARROWED}
+    like = dataclasses.replace(teacher.config.diffusion_transformer, num_layers=depth, **narrowed)
     parts = [part for part in TEXT_PARTS if getattr(teacher.config, part) != getattr(student.config, part)]
-    parts += [DENOISER] if like != student.config.diffusion_transformer else []
+    parts += [DENOISER] if like != own else []
     return parts or [part for part in TEXT_PARTS if not _same(student.params.get(part), teacher.params.get(part))]
 
 

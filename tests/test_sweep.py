@@ -16,9 +16,10 @@ from nd_jax.models.system import DENOISER
 from nd_jax.pyramid.layout import layout_arrays
 from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.pyramid.schedule import Schedule
-from nd_jax.recipes.pruning import ragged_population, remove_blocks
+from nd_jax.recipes.pruning import remove_blocks
 from nd_jax.sweep.calibration import record
 from nd_jax.sweep.population import Population, arrange, each_velocity
+from nd_jax.sweep.units import Units, sort_keys
 from nd_jax.training.mesh import MeshConfig, make_mesh
 
 LAYERS = 6
@@ -68,11 +69,11 @@ def test_every_candidate_is_the_network_cut_to_it(deep, generator, calibration):
     call, envelope, denoise = calibration.calls[0], generator.envelopes[0], deep.definitions[DENOISER]
     conditions = calibration.conditions[0]
 
-    def answers(params, kept):
+    def answers(params, candidates):
         keep = lambda velocity, whole: velocity  # noqa: E731
-        return each_velocity(denoise, envelope, params, conditions, call.inputs, kept, keep, guided=True)
+        return each_velocity(denoise, envelope, params, conditions, call.inputs, candidates, keep, guided=True)
 
-    made = jax.jit(answers)(deep.on_device[DENOISER], ragged_population(LAYERS - 1, DROPS))
+    made = jax.jit(answers)(deep.on_device[DENOISER], Units(deep.config.diffusion_transformer).encode(DROPS))
     z, timestep, history, unit = call.inputs
     double = [np.concatenate([x, x]) for x in (z, timestep, *history)]
     layout = layout_arrays(envelope, unit, conditions.mask)
@@ -85,22 +86,24 @@ def test_every_candidate_is_the_network_cut_to_it(deep, generator, calibration):
 
 @pytest.mark.parametrize(("ways", "size"), [(1, 10), (8, 16), (3, 15)])
 def test_candidates_are_sorted_and_dealt_out(ways, size):
-    kept = ragged_population(LAYERS - 1, DROPS)
-    full, rows = arrange(kept, ways, size)
+    config = dataclasses.replace(tiny_system.CONFIG.diffusion_transformer, num_layers=LAYERS)
+    kept = sort_keys(Units(config).encode(DROPS))
+    chosen, rows = arrange(kept, ways, size)
+    full = kept[chosen]
     np.testing.assert_array_equal(full[rows], kept)
     assert len(set(rows.tolist())) == len(DROPS)
     assert np.bincount(rows // (size // ways), minlength=ways).max() <= -(-len(DROPS) // ways)
     in_order = full[np.sort(rows)].tolist()
     assert in_order == sorted(in_order)
-    few, rows = arrange(kept[:1], ways, size)
-    assert (few == kept[0]).all()
+    few, _ = arrange(kept[:1], ways, size)
+    assert (few == 0).all()
 
 
-def test_errors_by_level_and_prompt(deep, generator, calibration, found):
+def test_errors_by_level_and_video(deep, generator, calibration, found):
     """One level computed again by hand: both branches of guidance, both samples of a prompt."""
     assert [stage for stage, _ in calibration.levels] == [0, 0, 1]
     assert calibration.levels[0][1] > calibration.levels[1][1]
-    assert found.shape == (len(DROPS), 3, len(PROMPTS))
+    assert found.shape == (len(DROPS), 3, 2 * len(PROMPTS))
     assert np.abs(found[0]).max() < 1e-9, "nothing dropped, nothing lost"
     assert (found[1:] > 1e-6).all()
     call, conditions = calibration.calls[1], calibration.conditions[0]
@@ -111,7 +114,7 @@ def test_errors_by_level_and_prompt(deep, generator, calibration, found):
         params, [(*double[2:], double[0])], conditions.text, conditions.pooled, double[1], [layout]
     )[0])  # fmt: skip
     far = np.square(np.asarray(run(pruned(deep, (1, 3)))) - np.asarray(run(deep.params[DENOISER])))
-    expected = far.mean(axis=(1, 2, 3, 4)).reshape(2, len(PROMPTS), 2).mean(axis=(0, 2))
+    expected = far.mean(axis=(1, 2, 3, 4)).reshape(2, -1).mean(axis=0)
     np.testing.assert_allclose(found[3, 1], expected, rtol=1e-4)
 
 

@@ -25,7 +25,7 @@ def cost(drop):
 
 def new_table(**changes):
     settings = {"seed": 0, **changes}
-    return SweepTable(settings, LEVELS, 2, blocks=BLOCKS, block_parameters=100, other_parameters=7)
+    return SweepTable(settings, LEVELS, 2, units=BLOCKS)
 
 
 def sweep(table, count=4, candidates=10_000, seed=0, stop=lambda: None, names=None):
@@ -136,4 +136,17 @@ def test_scores_and_their_intervals():
         covered += found.low <= truth <= found.high
     assert 0.88 < covered / 200 < 0.99
     errors = np.array([[1.0, 3.0], [3.0, 5.0], [7.0, 9.0]])
-    assert by_stage(errors, LEVELS) == [3.0, 8.0]
+    assert [stage.error for stage in by_stage(errors, LEVELS, bootstrap_weights(2))] == [3.0, 8.0]
+
+
+def test_intervals_are_over_prompts_and_seeds():
+    """Videos of a prompt that are alike say no more than one; where they differ, so do the seeds' resamples."""
+    rng = np.random.Generator(np.random.Philox(1))
+    once, twice = bootstrap_weights(40), bootstrap_weights(40, samples=2)
+    np.testing.assert_allclose(twice.sum(axis=1), 1)
+    prompts = rng.normal(size=40)
+    alike = score(np.repeat(prompts, 2)[None], twice)
+    np.testing.assert_allclose(alike[1:], score(prompts[None], once)[1:], atol=0.06)
+    seeds = np.tile([-1.0, 1.0], 40)
+    low, high = score(seeds[None], twice)[1:]
+    assert -0.35 < low < -0.1 < 0.1 < high < 0.35, "the prompts are all the same, their seeds are not"

@@ -14,11 +14,13 @@ Tree = Mapping[str, Any]
 
 
 def layer_of(tree: Tree, index: int) -> Tree:
-    """One layer of a stacked tree; slices are taken when they are used."""
-    return {
-        key: layer_of(value, index) if isinstance(value, Mapping) else Layer(value, index)
-        for key, value in tree.items()
-    }
+    """One layer of a stacked tree, or of one whose leaves are tuples of layers, which may differ in width; slices are
+    taken when they are used."""
+
+    def pick(leaf: Any) -> Any:
+        return leaf[index] if isinstance(leaf, tuple) else Layer(leaf, index)
+
+    return {key: layer_of(value, index) if isinstance(value, Mapping) else pick(value) for key, value in tree.items()}
 
 
 class Layer:
@@ -34,7 +36,9 @@ class Layer:
 def depth_of(tree: Tree) -> int:
     """Number of stacked layers."""
     leaf = next(iter(tree.values()))
-    return depth_of(leaf) if isinstance(leaf, Mapping) else leaf.shape[0]
+    if isinstance(leaf, Mapping):
+        return depth_of(leaf)
+    return len(leaf) if isinstance(leaf, tuple) else leaf.shape[0]
 
 
 def parameter(

@@ -65,7 +65,7 @@ def stage_graph(config: MMDiTConfig, params: Tree, envelope: Envelope, name: str
     groups = query_groups(envelope, causal=config.use_temporal_causal, split=split)
     stage = Stage(
         graph,
-        Heads(config.num_attention_heads, config.attention_head_dim, config.qk_norm, *tables),
+        Heads(config.heads, config.attention_head_dim, config.qk_norm, *tables),
         groups,
         {group.bias: graph.input(group.bias, group.rows, group.keys) for group in groups},
         envelope,
@@ -115,7 +115,7 @@ def feed_forward(stage: Stage, x: Value, name: str, norm: str, tree: Tree, part:
 
 def keys_and_values(stage: Stage, image: Value, text: Value, name: str, attn: Tree) -> tuple[Value, Value]:
     """Rotated keys and values [S + L, width] of modulated tokens, text first."""
-    graph, h = stage.graph, stage.heads
+    graph, h = stage.graph, heads_of(stage, attn)
     with graph.scope("keys"):
         text_keys = project(graph, text, name, attn, "add_k_proj", "norm_add_k", h, query=False)
         image_keys = project(graph, image, name, attn, "to_k", "norm_k", h, query=False)
@@ -127,9 +127,15 @@ def keys_and_values(stage: Stage, image: Value, text: Value, name: str, attn: Tr
         return keys, graph.concat(values, axis=0)
 
 
+def heads_of(stage: Stage, attn: Tree) -> Heads:
+    """With as many heads as a block's arrays have: blocks may be narrowed."""
+    return stage.heads._replace(heads=attn["to_q"]["kernel"].shape[-1] // stage.heads.channels)
+
+
 def block(stage: Stage, image: Value, text: Value, name: str, tree: Tree) -> tuple[Value, Value]:
     """Image [L, D] and text [S, D] tokens after one block."""
-    graph, h, vectors, attn, path = stage.graph, stage.heads, stage.vectors, tree["attn"], f"{name}/attn"
+    graph, vectors, attn, path = stage.graph, stage.vectors, tree["attn"], f"{name}/attn"
+    h = heads_of(stage, attn)
     with graph.scope("norm1"):
         x = modulate(graph, image, vectors[f"{name}/norm1/scale"], vectors[f"{name}/norm1/shift"])
     with graph.scope("norm1_context"):
@@ -155,7 +161,8 @@ def block(stage: Stage, image: Value, text: Value, name: str, tree: Tree) -> tup
 
 def last_block(stage: Stage, image: Value, text: Value, name: str, tree: Tree) -> Value:
     """The current clip's tokens [n, D] after the block that updates no text."""
-    graph, h, vectors, attn, path = stage.graph, stage.heads, stage.vectors, tree["attn"], f"{name}/attn"
+    graph, vectors, attn, path = stage.graph, stage.vectors, tree["attn"], f"{name}/attn"
+    h = heads_of(stage, attn)
     length, image_length, current = stage.envelope.length, image.shape[0], stage.current
     with graph.scope("norm1"):
         x = modulate(graph, image, vectors[f"{name}/norm1/scale"], vectors[f"{name}/norm1/shift"])

@@ -18,8 +18,9 @@ from nd_jax.errors import UserError
 from nd_jax.models.attention import causal_mask
 from nd_jax.models.embeddings import PatchEmbed, TimeTextEmbed
 from nd_jax.models.functional import Definition, Params
+from nd_jax.models.gates import BlockGates, Gates, of_last
 from nd_jax.models.hooks import ShardingHooks
-from nd_jax.models.mmdit_block import Block, Group, LastBlock, spread, xavier
+from nd_jax.models.mmdit_block import Block, Group, Inside, LastBlock, spread, xavier
 from nd_jax.models.mmdit_config import MMDiTConfig
 from nd_jax.models.norms import AdaLayerNorm, modulate
 from nd_jax.models.positions import rope_tables, spatial_positions
@@ -48,8 +49,9 @@ class BlockStates(NamedTuple):
     last_image: Float[Array, "b l d"]
 
 
-Known = tuple[Int[Array, " k"], tuple[Float[Array, "k b l d"], Float[Array, "k b*g s d"]]]
-"""A list of stacked blocks, and image and text tokens after each of them."""
+Known = tuple
+"""A list of stacked blocks [k], image and text tokens after each of them ([k, B, L, D], [k, B*G, S, D]), and with gates
+those too."""
 
 
 class MMDiT(nnx.Module):
@@ -84,6 +86,8 @@ class MMDiT(nnx.Module):
         remat: str | None = None,
         kept: Int[Array, " k"] | None = None,
         known: Known | None = None,
+        gates: Gates | None = None,
+        inner: Callable[[dict[str, Array]], Any] | None = None,
     ) -> Any:
         """Predict the velocity of each group's current clip.
 
@@ -103,10 +107,16 @@ class MMDiT(nnx.Module):
             known: what another call with the same inputs has found of other ``kept`` blocks. Those with which both
                 lists start are not run again, and lists may be filled up with -1, so that selections of any length are
                 the same program. No gradient.
+            gates: on what the blocks add (see ``gates.Gates``), data too; also with ``kept`` and ``known``, which then
+                has the gates it was found with as its last part. Needs stacked parameters.
+            inner: ``inner(inside)`` is run in every block on its inner activations by name (see ``Inside``); its
+            results
+                come back as the pair (stacked blocks', last block's).
 
         Returns:
-            Predictions [B, T, H, W, C], one per group; with ``return_blocks`` and/or ``reducer`` a tuple
-            ``(predictions[, BlockStates][, reduced])``; with ``known`` ``(predictions, known of these blocks)``.
+            Predictions [B, T, H, W, C], one per group; with ``return_blocks``, ``reducer`` and/or ``inner`` a tuple
+            ``(predictions[, BlockStates][, reduced][, inner's])``; with ``known`` ``(predictions, known of these
+            blocks)``.
 
         Raises:
             UserError: inputs whose sizes do not fit each other or the network.
@@ -121,40 +131,50 @@ class MMDiT(nnx.Module):
 
         graphdef, stacked = nnx.split(self.blocks)
 
-        def body(carry, layer):
+        def body(carry, layer, gate=None):
             image, text = (self.hooks.constrain(x, name) for x, name in zip(carry, ("image", "text"), strict=True))
             block = self._ready(nnx.merge(graphdef, layer))
-            new_image, new_text = block(image, text, conditioning, groups, self.hooks)
+            inside = Inside(gate, {} if inner else None)
+            new_image, new_text = block(image, text, conditioning, groups, self.hooks, inside)
             out = (
                 (new_image, new_text) if return_blocks else None,
                 reducer(image, new_image, text, new_text) if reducer else None,
+                inner(inside.noted) if inner else None,
             )
             return (new_image, new_text), out
 
         def chosen(carry, index):
-            return body(carry, jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacked))
+            def pick(w):
+                return jax.lax.dynamic_index_in_dim(w, index, keepdims=False)
 
+            return body(carry, jax.tree.map(pick, stacked), None if gates is None else BlockGates(*map(pick, gates)))
+
+        if gates is not None and kept is None:
+            kept = jnp.arange(len(gates.stream))
         if known is not None:
-            if kept is None or return_blocks or reducer:
-                raise UserError("MMDiT: known tokens go with kept blocks, and neither return_blocks nor reducer")
-            carry, known = run_chosen(chosen, (image, text), kept, known)
-            out = None, None
+            if kept is None or return_blocks or reducer or inner:
+                raise UserError("MMDiT: known tokens go with kept blocks, and with neither return_blocks nor reducers")
+            carry, known = _run_known(chosen, (image, text), kept, known, gates)
+            out = None, None, None
         elif kept is None:
             carry, out = over_layers(self._remat(body, remat, looped=True), (image, text), stacked)
         else:
             carry, out = jax.lax.scan(self._remat(chosen, remat, looped=True), (image, text), kept)
-        (image, text), (states, reduced) = carry, out
+        (image, text), (states, reduced, noted) = carry, out
         image, text = self.hooks.constrain(image, "image"), self.hooks.constrain(text, "text")
         graphdef, state = nnx.split(self.last_block)
 
         def last(image, text, state):
             block = self._ready(nnx.merge(graphdef, state))
-            return block(image, text, conditioning, groups, self.hooks, history=return_blocks)
+            inside = Inside(of_last(gates), {} if inner else None)
+            image = block(image, text, conditioning, groups, self.hooks, inside, history=return_blocks)
+            return image, inner(inside.noted) if inner else None
 
-        image = self.hooks.constrain(self._remat(last, remat, looped=False)(image, text, state), "image")
+        image, last_noted = self._remat(last, remat, looped=False)(image, text, state)
+        image = self.hooks.constrain(image, "image")
         predictions = self._predict(image, conditioning, groups, sample, history=return_blocks)
         extras = ([BlockStates(*states, image)] if return_blocks else []) + ([reduced] if reducer else [])
-        extras += [] if known is None else [known]
+        extras += ([(noted, last_noted)] if inner else []) + ([] if known is None else [known])
         return (predictions, *extras) if extras else predictions
 
     def _remat(self, body: Callable, remat: str | None, *, looped: bool) -> Callable:
@@ -263,6 +283,18 @@ class MMDiT(nnx.Module):
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """Remat policy: keep every value except what a gather (or another change of sharding) makes."""
     return primitive.name not in ("sharding_constraint", "reshard", "all_gather")
+
+
+def _run_known(step: Callable, carry: Any, kept: Int[Array, " k"], known: Known, gates: Gates | None) -> tuple:
+    """``run_chosen``, where places with other gates than before have to run again."""
+    if gates is None:
+        return run_chosen(step, carry, kept, known)
+    before, states, old = known
+    blocks = len(gates.stream)
+    equal = [(one == other)[:blocks].reshape(blocks, -1).all(axis=1) for one, other in zip(gates, old, strict=True)]
+    same = jnp.stack(equal).all(axis=0)
+    carry, (kept, states) = run_chosen(step, carry, kept, (before, states), same[jnp.maximum(kept, 0)])
+    return carry, (kept, states, gates)
 
 
 def over_layers(body: Callable, carry: Any, state: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ text is [B*G, S, D], row ``b * G + g`` belonging to group ``g``. Only attention 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from nd_jax.models.attention import attend
+from nd_jax.models.gates import IMAGE, TEXT, BlockGates, gated_pieces, gated_stream
 from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.norms import AdaLayerNorm, LayerNorm, NoNorm, RMSNorm, modulate
 from nd_jax.models.positions import apply_rope
@@ -73,24 +75,24 @@ class JointAttention(nnx.Module):
     """Projections and per-head q/k norms; ``to_*`` and ``norm_*`` act on image tokens, ``add_*`` on text."""
 
     def __init__(self, config, *, last: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        width = config.width
+        width, inner = config.width, config.heads * config.attention_head_dim
 
-        def linear():
-            return nnx.Linear(width, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        def linear(inputs: int = width, outputs: int = inner):
+            return nnx.Linear(inputs, outputs, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
         self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
         self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
-        self.to_out = linear()
+        self.to_out = linear(inner, width)
         if not last:
-            self.to_add_out = linear()
+            self.to_add_out = linear(inner, width)
         norm = QK_NORMS[config.qk_norm]
         self.norm_q, self.norm_k = (norm(config.attention_head_dim, rngs=rngs) for _ in range(2))
         self.norm_add_q, self.norm_add_k = (norm(config.attention_head_dim, rngs=rngs) for _ in range(2))
-        self.heads = config.num_attention_heads
+        self.channels = config.attention_head_dim
 
     def heads_of(self, x: Float[Array, "n l d"]) -> Float[Array, "n l h k"]:
-        """Channels split into heads."""
-        return x.reshape(*x.shape[:-1], self.heads, -1)
+        """Channels split into heads, as many as the arrays have."""
+        return x.reshape(*x.shape[:-1], -1, self.channels)
 
     def image_queries(self, x: Float[Array, "b l d"]) -> Float[Array, "b l h k"]:
         """Normalised queries of image tokens."""
@@ -110,15 +112,44 @@ class JointAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Linear to four times the width, tanh GELU, linear back."""
+    """Linear to the hidden channels (four times the width, unless narrowed), tanh GELU, linear back."""
 
-    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.up = nnx.Linear(width, 4 * width, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.up = nnx.Linear(width, hidden, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(hidden, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    def __call__(self, x: Float[Array, "b l d"], inside: Inside, stream: int) -> Float[Array, "b l d"]:
         """Token-wise."""
-        return self.down(jax.checkpoint(jax.nn.gelu)(self.up(x)))
+        hidden = jax.checkpoint(jax.nn.gelu)(self.up(x))
+        return self.down(inside.hidden(hidden, stream))
+
+
+@dataclass
+class Inside:
+    """What happens to a block's inner activations: they are gated, and noted in ``noted`` by name where it is given:
+    what attention has seen, "image_seen" and "text_seen", and hidden channels of the MLPs, "image_hidden" and
+    "text_hidden"."""
+
+    gates: BlockGates | None = None
+    noted: dict[str, Array] | None = None
+
+    def seen(self, x: Float[Array, "b l d"], stream: int) -> Float[Array, "b l d"]:
+        """Head by head."""
+        return self._note(x if self.gates is None else gated_pieces(x, self.gates.heads), stream, "seen")
+
+    def hidden(self, x: Float[Array, "b l f"], stream: int) -> Float[Array, "b l f"]:
+        """Slice by slice."""
+        gates = self.gates
+        return self._note(x if gates is None else gated_pieces(x, gates.mlp[:, stream]), stream, "hidden")
+
+    def added(self, x: Float[Array, "b l d"], stream: int) -> Float[Array, "b l d"]:
+        """What a branch adds to a stream."""
+        return gated_stream(x, self.gates, stream)
+
+    def _note(self, x: Array, stream: int, what: str) -> Array:
+        if self.noted is not None:
+            self.noted[f"{('image', 'text')[stream]}_{what}"] = x
+        return x
 
 
 class Block(nnx.Module):
@@ -128,8 +159,8 @@ class Block(nnx.Module):
         self.norm1 = AdaLayerNorm(config.width, 6, dtype=dtype, rngs=rngs)
         self.norm1_context = AdaLayerNorm(config.width, 6, dtype=dtype, rngs=rngs)
         self.attn = JointAttention(config, last=False, dtype=dtype, rngs=rngs)
-        self.ff = FeedForward(config.width, dtype=dtype, rngs=rngs)
-        self.ff_context = FeedForward(config.width, dtype=dtype, rngs=rngs)
+        self.ff = FeedForward(config.width, config.mlp_channels, dtype=dtype, rngs=rngs)
+        self.ff_context = FeedForward(config.width, config.text_mlp_channels, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -138,8 +169,10 @@ class Block(nnx.Module):
         conditioning: Float[Array, "n d"],
         groups: Sequence[Group],
         hooks: ShardingHooks = NO_HOOKS,
+        inside: Inside | None = None,
     ) -> tuple[Float[Array, "b l d"], Float[Array, "n s d"]]:
         """Image and text tokens after the block, in the dtype they came in."""
+        inside = inside or Inside()
         lengths = [group.length for group in groups]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, lengths) for m in self.norm1(conditioning))
         x = modulate(image, shift, scale)
@@ -147,19 +180,21 @@ class Block(nnx.Module):
         context = [m[:, None] for m in self.norm1_context(conditioning)]
         y = modulate(text, context[0], context[1])
         text_heads = self.attn.text_queries(y), *self.attn.text_keys_values(y)
+        channels = math.prod(image_heads[0].shape[2:])
         image_heads, text_heads = ([hooks.spread_heads(x) for x in each] for each in (image_heads, text_heads))
 
         seen = attend_all(join(text_heads, image_heads, groups), groups, image.dtype, hooks)
         seen = [jnp.split(x, [text.shape[1]], axis=1) for x in seen]
-        image_seen = hooks.own_heads(jnp.concatenate([x for _, x in seen], axis=1), image.shape[-1])
+        image_seen = hooks.own_heads(jnp.concatenate([x for _, x in seen], axis=1), channels)
         text_seen = jnp.stack([x for x, _ in seen], axis=1).reshape(*text.shape[:2], -1)
-        text_seen = hooks.own_heads(text_seen, text.shape[-1])
+        text_seen = hooks.own_heads(text_seen, channels)
 
-        image = image + gate * self.attn.to_out(image_seen)
-        image = image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
-        text = text + context[2] * self.attn.to_add_out(text_seen)
-        text = text + context[5] * self.ff_context(modulate(text, context[3], context[4]))
-        return image, text
+        image = image + inside.added(gate * self.attn.to_out(inside.seen(image_seen, IMAGE)), IMAGE)
+        x = self.ff(modulate(image, mlp_shift, mlp_scale), inside, IMAGE)
+        image = image + inside.added(mlp_gate * x, IMAGE)
+        text = text + inside.added(context[2] * self.attn.to_add_out(inside.seen(text_seen, TEXT)), TEXT)
+        y = self.ff_context(modulate(text, context[3], context[4]), inside, TEXT)
+        return image, text + inside.added(context[5] * y, TEXT)
 
 
 class LastBlock(nnx.Module):
@@ -169,7 +204,7 @@ class LastBlock(nnx.Module):
         self.norm1 = AdaLayerNorm(config.width, 6, dtype=dtype, rngs=rngs)
         self.norm1_context = AdaLayerNorm(config.width, 2, dtype=dtype, rngs=rngs)
         self.attn = JointAttention(config, last=True, dtype=dtype, rngs=rngs)
-        self.ff = FeedForward(config.width, dtype=dtype, rngs=rngs)
+        self.ff = FeedForward(config.width, config.mlp_channels, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -178,6 +213,7 @@ class LastBlock(nnx.Module):
         conditioning: Float[Array, "n d"],
         groups: Sequence[Group],
         hooks: ShardingHooks = NO_HOOKS,
+        inside: Inside | None = None,
         *,
         history: bool = False,
     ) -> Float[Array, "b c d"]:
@@ -185,14 +221,15 @@ class LastBlock(nnx.Module):
 
         History leaves the network here, so unless asked for only its keys and values are computed.
         """
-        lengths = [group.length for group in groups]
+        inside, lengths = inside or Inside(), [group.length for group in groups]
         kept = lengths if history else [group.current for group in groups]
         modulation = self.norm1(conditioning)
         x = modulate(image, *(spread(m, lengths) for m in modulation[:2]))
         scale, shift = (m[:, None] for m in self.norm1_context(conditioning))
         y = modulate(text, shift, scale)
 
-        queries = hooks.spread_heads(self.attn.image_queries(trailing(x, lengths, kept)))
+        queries = self.attn.image_queries(trailing(x, lengths, kept))
+        channels, queries = math.prod(queries.shape[2:]), hooks.spread_heads(queries)
         image_heads, text_heads = self.attn.image_keys_values(x), self.attn.text_keys_values(y)
         image_heads, text_heads = ([hooks.spread_heads(x) for x in each] for each in (image_heads, text_heads))
         joined = join(text_heads, image_heads, groups)
@@ -200,9 +237,9 @@ class LastBlock(nnx.Module):
         seen = attend_all(asked, groups, image.dtype, hooks)
 
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, kept) for m in modulation)
-        seen = hooks.own_heads(jnp.concatenate(seen, axis=1), image.shape[-1])
-        image = trailing(image, lengths, kept) + gate * self.attn.to_out(seen)
-        return image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale))
+        seen = hooks.own_heads(jnp.concatenate(seen, axis=1), channels)
+        image = trailing(image, lengths, kept) + gate * self.attn.to_out(inside.seen(seen, IMAGE))
+        return image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale), inside, IMAGE)
 
 
 def attend_all(

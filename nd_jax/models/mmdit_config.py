@@ -17,6 +17,9 @@ FIXED = {"pos_embed_type": "sincos", "temp_pos_embed_type": "rope", "add_temp_po
 # Pyramid-Flow's loader overrides these whatever its teacher's file says.
 OVERRIDDEN = ("temp_pos_embed_type", "add_temp_pos_embed", "use_t5_mask")
 
+NARROWED = ("kept_heads", "mlp_width", "text_mlp_width")
+"""Keys of config.json that are ours; only networks with narrowed blocks have them."""
+
 
 @dataclass(frozen=True)
 class MMDiTConfig:
@@ -26,6 +29,10 @@ class MMDiTConfig:
     ``joint_attention_dim`` that Pyramid-Flow's teacher has; without it text arrives at inner width.
     ``sample_size`` and ``pos_embed_max_size`` only scale and size the position table, ``max_num_frames`` is carried
     along for the official loader.
+
+    ``kept_heads``, ``mlp_width`` and ``text_mlp_width`` are ours, for networks with narrowed blocks: heads, and hidden
+    channels of the image's and the text's MLP, in every block; None: as wide as the official network, which knows no
+    other.
     """
 
     sample_size: int = 128
@@ -42,6 +49,9 @@ class MMDiTConfig:
     use_temporal_causal: bool = True
     interp_condition_pos: bool = True
     context_embedder: bool = False
+    kept_heads: int | None = None
+    mlp_width: int | None = None
+    text_mlp_width: int | None = None
 
     def __post_init__(self):
         for name in (
@@ -51,6 +61,10 @@ class MMDiTConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(f"MMDiT config: {name} is {value!r}; expected a positive integer")
+        for name, most in zip(NARROWED, (self.num_attention_heads, 4 * self.width, 4 * self.width), strict=True):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise UserError(f"MMDiT config: {name} is {value!r}; expected a number from 1 to {most}, or null")
         if self.qk_norm not in ("rms_norm", "layer_norm", None):
             raise UserError(f"MMDiT config: qk_norm is {self.qk_norm!r}; supported: 'rms_norm', 'layer_norm' or null")
         if self.attention_head_dim % 2 or self.width % 4:
@@ -63,6 +77,27 @@ class MMDiTConfig:
     def width(self) -> int:
         """Inner width: heads times channels per head."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def heads(self) -> int:
+        """Heads that a block has."""
+        return self.num_attention_heads if self.kept_heads is None else self.kept_heads
+
+    @property
+    def mlp_channels(self) -> int:
+        """Hidden channels of the image's MLP."""
+        return 4 * self.width if self.mlp_width is None else self.mlp_width
+
+    @property
+    def text_mlp_channels(self) -> int:
+        """Hidden channels of the text's MLP."""
+        return 4 * self.width if self.text_mlp_width is None else self.text_mlp_width
+
+    @property
+    def official(self) -> bool:
+        """Whether the official classes can build this network: not with blocks narrower than theirs."""
+        whole = self.num_attention_heads, 4 * self.width, 4 * self.width
+        return (self.heads, self.mlp_channels, self.text_mlp_channels) == whole
 
     @property
     def base_size(self) -> int:
@@ -105,6 +140,7 @@ class MMDiTConfig:
         """The content of the official config.json."""
         fields = asdict(self)
         teacher = fields.pop("context_embedder")
+        fields = {name: value for name, value in fields.items() if name not in NARROWED or value is not None}
         return dict(
             sorted(
                 {

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 
@@ -75,14 +75,16 @@ def run_chosen(
     carry: Any,
     kept: Int[Array, " k"],
     known: tuple[Int[Array, " k"], Any],
+    same: Bool[Array, " k"] | bool = True,
 ) -> tuple[Any, tuple[Int[Array, " k"], Any]]:
     """The carry after the layers ``kept``, a list that -1 may fill up at its end; and what is known then.
 
     ``step(carry, layer) -> (carry, out)`` runs a layer by its number. ``known`` is another such list, and the carry
-    after each place of it on a leading axis: as long as the lists agree, nothing has to run.
+    after each place of it on a leading axis: as long as the lists agree (and ``same`` says that nothing else changed),
+    nothing has to run.
     """
     before, states = known
-    shared = jnp.sum(jnp.cumprod((kept == before) & (kept >= 0)))
+    shared = jnp.sum(jnp.cumprod((kept == before) & (kept >= 0) & same))
 
     def enter(first: Array, after: Array) -> Array:
         last = jax.lax.dynamic_index_in_dim(after, jnp.maximum(shared - 1, 0), keepdims=False)

@@ -68,10 +68,12 @@ def _current(envelope: Envelope) -> int:
 
 def denoiser_flops(config: MMDiTConfig, tokens: Tokens, rows: float) -> float:
     """One forward pass over ``tokens`` that belong to ``rows`` prompts (columns counted apart)."""
-    d, blocks = config.width, config.num_layers - 1
-    block = 24 * d * d * (tokens.image + tokens.text) + 4 * d * tokens.pairs + 24 * d * d * rows
+    d, blocks, inner = config.width, config.num_layers - 1, config.heads * config.attention_head_dim
+    image, text = (8 * d * inner + 4 * d * hidden for hidden in (config.mlp_channels, config.text_mlp_channels))
+    block = image * tokens.image + text * tokens.text + 4 * inner * tokens.pairs + 24 * d * d * rows
     # The last block: keys and values of all, the rest for current tokens; modulation of six and of two vectors.
-    last = 4 * d * d * (tokens.image + tokens.text) + 20 * d * d * tokens.current + 4 * d * tokens.last_pairs
+    last = 4 * d * inner * (tokens.image + tokens.text) + 4 * inner * tokens.last_pairs
+    last += (4 * d * inner + 4 * d * config.mlp_channels) * tokens.current
     last += 16 * d * d * rows
     patch = 2 * config.patch_size**2 * config.in_channels * d
     ends = patch * (tokens.image + tokens.current) + 4 * d * d * rows  # embedding, projection, final modulation

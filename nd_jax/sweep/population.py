@@ -7,7 +7,7 @@ again: tokens after every block are kept from one to the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -17,16 +17,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
+from nd_jax.models.functional import Definition
 from nd_jax.models.system import DENOISER
 from nd_jax.pyramid.layout import Envelope, layout_arrays
 from nd_jax.pyramid.sampler import CountingJit, twice
-from nd_jax.recipes.pruning import ragged_population
 from nd_jax.sweep.calibration import Calibration
+from nd_jax.sweep.units import Candidates, Drop, Units, sort_keys
 from nd_jax.system import VideoSystem
 from nd_jax.training.mesh import MeshConfig, batch_entry, batch_ways, make_mesh
-
-Drop = tuple[int, ...]
-"""A candidate: the blocks that go, in ascending order."""
 
 
 class Population:
@@ -36,6 +34,7 @@ class Population:
         system: whose denoiser; its weights are copied to every device.
         envelopes: one for each stage, those that ``calibration`` was recorded with.
         calibration: the inputs.
+        units: what candidates drop; default: blocks.
         mesh: devices; default: all of them, each with candidates of its own.
         chunk: candidates of a device in one call of a program: what can be interrupted and saved.
     """
@@ -46,11 +45,12 @@ class Population:
         envelopes: Sequence[Envelope],
         calibration: Calibration,
         *,
+        units: Units | None = None,
         mesh: Mesh | None = None,
         chunk: int = 32,
     ):
         self.calibration = calibration
-        self.blocks = system.config.diffusion_transformer.num_layers - 1
+        self.units = Units(system.config.diffusion_transformer) if units is None else units
         self.mesh = make_mesh(MeshConfig(data=-1, fsdp=1)) if mesh is None else mesh
         self.size = chunk * batch_ways(self.mesh)
         whole, spread = NamedSharding(self.mesh, P()), NamedSharding(self.mesh, P(batch_entry(self.mesh)))
@@ -59,30 +59,28 @@ class Population:
         self._inputs = [jax.device_put(call.inputs, whole) for call in calibration.calls]
         self._spread, self._programs = spread, []
         for envelope in envelopes:
-            errors = partial(candidate_errors, system.definitions[DENOISER], envelope, guided=calibration.guided)
-            entry = P(batch_entry(self.mesh))
-            shared = jax.shard_map(
-                errors, mesh=self.mesh, in_specs=(P(), P(), P(), entry), out_specs=entry, check_vma=False
-            )
-            self._programs.append(CountingJit(shared, out_shardings=whole))
+            errors = spread_errors(system.definitions[DENOISER], envelope, self.mesh, guided=calibration.guided)
+            self._programs.append(CountingJit(errors, out_shardings=whole))
 
     @property
     def compilations(self) -> int:
         """Programs compiled so far: one for each stage, however many candidates of whatever size."""
         return sum(program.compilations for program in self._programs)
 
-    def __call__(self, drops: Sequence[Drop]) -> Float[np.ndarray, "p levels prompts"]:
-        """Mean squared velocity error of at most ``size`` candidates, by noise level and prompt, float32.
+    def __call__(self, drops: Sequence[Drop]) -> Float[np.ndarray, "p levels videos"]:
+        """Mean squared velocity error of at most ``size`` candidates, by noise level and video, float32.
 
-        Means over both branches of guidance, the units of the video, and the samples of a prompt.
+        Videos are in order of prompts, a prompt's samples side by side. Means over both branches of guidance and the
+        latent frames of the video.
         """
         if not 0 < len(drops) <= self.size:
             raise ValueError(f"{len(drops)} candidates, expected 1 to {self.size}")
-        kept, rows = arrange(ragged_population(self.blocks, drops), batch_ways(self.mesh), self.size)
-        kept = jax.device_put(kept, self._spread)
+        candidates = self.units.encode(drops)
+        chosen, rows = arrange(sort_keys(candidates), batch_ways(self.mesh), self.size)
+        given = jax.device_put(jax.tree.map(lambda x: x[chosen], candidates), self._spread)
         calls = self.calibration.calls
         found = [
-            self._programs[call.stage](self._params, self._conditions[call.batch], inputs, kept)
+            self._programs[call.stage](self._params, self._conditions[call.batch], inputs, given)
             for call, inputs in zip(calls, self._inputs, strict=True)
         ]
         levels, batches = self.calibration.levels, len(self.calibration.conditions)
@@ -92,32 +90,38 @@ class Population:
             level = levels.index((call.stage, call.timestep))
             sums[:, level, call.batch] += np.asarray(errors, np.float64)[rows]
             counts[level, call.batch] += 1
-        means = (sums / counts).reshape(len(drops), len(levels), self.calibration.prompts, self.calibration.samples)
-        return means.mean(axis=-1).astype(np.float32)
+        return (sums / counts).reshape(len(drops), len(levels), -1).astype(np.float32)
 
 
-def arrange(
-    kept: Int[np.ndarray, "p blocks"], ways: int, size: int
-) -> tuple[Int[np.ndarray, "size blocks"], Int[np.ndarray, " p"]]:
-    """``size`` rows for ``ways`` devices, and where each candidate went: in order, so that neighbours start alike, and
-    evenly; the last of each device repeats, which costs nothing."""
-    order = np.lexsort(kept.T[::-1])
-    full, rows = np.empty((ways, size // ways, kept.shape[1]), np.int32), np.empty(len(kept), np.int64)
+def spread_errors(denoiser: Definition, envelope: Envelope, mesh: Mesh, *, guided: bool) -> Callable:
+    """``candidate_errors`` of (params, conditions, inputs, candidates), candidates split over the mesh's data axes."""
+    errors, entry = partial(candidate_errors, denoiser, envelope, guided=guided), P(batch_entry(mesh))
+    return jax.shard_map(errors, mesh=mesh, in_specs=(P(), P(), P(), entry), out_specs=entry, check_vma=False)
+
+
+def arrange(keys: np.ndarray, ways: int, size: int) -> tuple[Int[np.ndarray, " size"], Int[np.ndarray, " p"]]:
+    """Which of the candidates with these keys [p, n] goes to each of ``size`` rows for ``ways`` devices, and the row of
+    each candidate: in order, so that neighbours start alike, and evenly; the last of each device repeats, which costs
+    nothing."""
+    order = np.lexsort(keys.T[::-1])
+    chosen, rows = np.empty((ways, size // ways), np.int64), np.empty(len(keys), np.int64)
     for way, mine in enumerate(np.array_split(order, ways)):
         rows[mine] = way * (size // ways) + np.arange(len(mine))
-        full[way] = kept[mine[-1] if len(mine) else order[-1]]
-        full[way, : len(mine)] = kept[mine]
-    return full.reshape(size, -1), rows
+        chosen[way] = mine[-1] if len(mine) else order[-1]
+        chosen[way, : len(mine)] = mine
+    return chosen.ravel(), rows
 
 
-def candidate_errors(denoiser, envelope, params, conditions, inputs, candidates, *, guided) -> Float[jax.Array, "p b"]:
+def candidate_errors(
+    denoiser, envelope, params, conditions, inputs, candidates: Candidates, *, guided
+) -> Float[jax.Array, "p b"]:
     """Every candidate's squared velocity error in every video of one call; both branches of guidance count alike."""
 
     def error(velocity, whole):
         return jnp.mean(jnp.square(velocity - whole), axis=(1, 2, 3, 4))
 
     errors = each_velocity(denoiser, envelope, params, conditions, inputs, candidates, error, guided=guided)
-    return jnp.mean(errors.reshape(len(candidates), 2 if guided else 1, -1), axis=1)
+    return jnp.mean(errors.reshape(len(candidates.kept), 2 if guided else 1, -1), axis=1)
 
 
 def each_velocity(denoiser, envelope, params, conditions, inputs, candidates, reduce, *, guided):
@@ -130,15 +134,22 @@ def each_velocity(denoiser, envelope, params, conditions, inputs, candidates, re
     (whole,), states = denoiser(*arguments, reducer=lambda _, image, __, text: (image, text))
     whole = whole.astype(jnp.float32)
 
-    def run(last, kept):
+    blocks = jnp.arange(candidates.kept.shape[1], dtype=candidates.kept.dtype)
+    opened = (
+        [] if candidates.gates is None else [jax.tree.map(lambda g: jnp.ones(g.shape[1:], g.dtype), candidates.gates)]
+    )
+
+    def run(last, candidate):
         known, _ = last
 
         def fresh():
-            (velocity,), after = denoiser(*arguments, kept=kept, known=known)
+            (velocity,), after = denoiser(*arguments, kept=candidate.kept, gates=candidate.gates, known=known)
             return after, reduce(velocity.astype(jnp.float32), whole)
 
-        last = jax.lax.cond(jnp.all(kept == known[0]), lambda: last, fresh)
+        before = Candidates(known[0], known[2] if opened else None)
+        same = jax.tree.leaves(jax.tree.map(lambda one, other: jnp.all(one == other), candidate, before))
+        last = jax.lax.cond(jnp.stack(same).all(), lambda: last, fresh)
         return last, last[1]
 
-    blocks = jnp.arange(candidates.shape[1], dtype=candidates.dtype)
-    return jax.lax.scan(run, ((blocks, states), reduce(whole, whole)), candidates)[1]
+    start = (blocks, states, *opened), reduce(whole, whole)
+    return jax.lax.scan(run, start, candidates)[1]

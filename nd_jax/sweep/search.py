@@ -1,4 +1,4 @@
-"""Ways to look for the blocks that can go.
+"""Ways to look for the blocks that can go; heads, slices and streams are searched alike.
 
 A strategy is a generator: it yields the candidates that it wants scored, each a tuple of dropped blocks in ascending
 order, and is sent a mapping from every one of them to its error. It reads nothing else, so a search that is run again
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from nd_jax.errors import UserError
+from nd_jax.sweep.units import Drop
 
-Drop = tuple[int, ...]
 Strategy = Generator[list[Drop], Mapping[Drop, float], None]
 IDLE = 50
 """Generations without a new candidate after which evolution has converged."""
@@ -106,12 +106,16 @@ def plan(
         **{name: fixed(drop) for name, drop in (chosen or {}).items()},
         "remove-one": exhaustive(blocks, 1),
         "cheapest alone": cheapest(blocks, count),
-        "intervals": intervals(blocks, count),
-        "greedy removal": greedy_removal(blocks, count),
-        "greedy return": greedy_return(blocks, count),
     }
-    if blocks > 1:
-        strategies["remove-two"] = exhaustive(blocks, 2)
+    # The systematic searches, with how many they ask for; those that would take more than half of all are left out.
+    for name, strategy, asked in (
+        ("intervals", intervals(blocks, count), count * (2 * blocks - count + 1) // 2),
+        ("greedy removal", greedy_removal(blocks, count), count * (2 * blocks - count + 1) // 2),
+        ("greedy return", greedy_return(blocks, count), (blocks - count) * (blocks + count + 1) // 2),
+        ("remove-two", exhaustive(blocks, 2), math.comb(blocks, 2)),
+    ):
+        if asked and asked <= candidates // 2:
+            strategies[name] = strategy
     if math.comb(blocks, count) <= candidates:
         strategies["exhaustive"] = exhaustive(blocks, count)
     elif evolve:
