@@ -118,6 +118,7 @@ def parse(target: Callable, arguments: Sequence[str], prog: str) -> Any:
 
     Raises UserError, one line, where tyro would draw a box, and SystemExit after printing help.
     """
+    refuse_buckets(arguments, prog)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), _unwrapped(arguments):
@@ -126,6 +127,20 @@ def parse(target: Callable, arguments: Sequence[str], prog: str) -> Any:
         if not stop.code:
             raise
         raise UserError(f"{prog}: {one_line(complaint.getvalue())}; see {prog} --help") from None
+
+
+def refuse_buckets(arguments: Sequence[str], prog: str) -> None:
+    """Raises UserError for a bucket's URL in place of a path: ArrayRecord opens files only, as do locks, metrics and
+    checksums here. JAX itself keeps its compile cache in buckets."""
+    option = ""
+    for word in arguments:
+        option = word.partition("=")[0] if word.startswith("--") else option
+        found = BUCKET.fullmatch(word)
+        if found and option != "--loop.compile-cache":
+            raise UserError(
+                f"{prog}: {found['url']} is a bucket's address, expected a path; mount the bucket (Cloud Storage FUSE, "
+                "docs/pods.md) and give the folder in there"
+            )
 
 
 def later(function: Callable) -> Callable:
@@ -157,6 +172,8 @@ def _unwrapped(arguments: Sequence[str]) -> Iterator[None]:
 
 TITLE = re.compile(r"^(╭.*|╰.*| \S.*\n -{3,} *)$", re.MULTILINE)
 RULE = re.compile(r"^[│ ]*[─-]{3,}[│ ]*$", re.MULTILINE)
+BUCKET = re.compile(r"(--[\w.-]+=)?(?P<url>(gs|gcs|s3|az|abfs|hdfs|hf)://\S*)")
+"""A word of the command line that is one. Values such as Beam's ``temp_location=gs://...`` are none."""
 REPEATED = ("For full helptext", "Argument helptext", "nd-jax ")
 """How those parts of a complaint begin that the help text says as well."""
 

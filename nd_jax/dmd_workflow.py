@@ -16,7 +16,7 @@ from nd_jax.data.prompt_source import PromptSource
 from nd_jax.data.shard_sources import open_latents
 from nd_jax.data.world import world_named
 from nd_jax.errors import UserError
-from nd_jax.models.system import DENOISER
+from nd_jax.models.system import DENOISER, Conditions
 from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.recipes.adversarial import AdversarialRecipe
 from nd_jax.recipes.dmd import DmdRecipe
@@ -80,8 +80,13 @@ def distil_steps(
     length = preset.video.text_length
     if videos:
         length = min(length, longest(start, itertools.chain.from_iterable(captions)))
-    negative, _ = start.tokens([""])
-    negative = negative._replace(t5_ids=negative.t5_ids[:, :length], t5_mask=negative.t5_mask[:, :length])
+    if run.recipe.text == "stored" and videos:
+        source = open_latents(folders[0], text=length)
+        found = source.features(source.empty, 0)
+        negative = Conditions(*(found[name][None] for name in ("text", "t5_mask", "pooled")))
+    else:
+        negative, _ = start.tokens([""])
+        negative = negative._replace(t5_ids=negative.t5_ids[:, :length], t5_mask=negative.t5_mask[:, :length])
     outcome, student = train_flow(
         dataclasses.replace(preset, video=dataclasses.replace(preset.video, text_length=length)),
         name,

@@ -19,10 +19,10 @@ from nd_jax.data.captions_file import Skipped, captions_path, read_captions, wri
 from nd_jax.data.folder_listing import listing_of, scan
 from nd_jax.data.latent_shards import (
     CLIPS,
+    EMPTY,
     INFO,
     KINDS,
     PLAN,
-    PROMPTS,
     Shard,
     is_finished,
     read_plan,
@@ -67,6 +67,7 @@ def begin(
     if job.teacher is not None and not shipped_folder(job.teacher).is_dir():
         raise UserError(f"data precompute: {job.teacher} is no folder; expected a system whose text is read")
     parts = [("clips", [{"file": name, "captions": texts.get(name)} for name in names]), ("prompts", list(prompts))]
+    parts += [] if job.teacher is None else [(EMPTY, [""])]
     works = {
         (kind, index): rows[start : start + shard_size]
         for kind, rows in parts
@@ -113,6 +114,7 @@ def _digest(job: Job, listing: str, prompts: Sequence[str], shard_size: int) -> 
         if path.is_file()
     ]
     rows = [dataclasses.asdict(job.options), listing, list(prompts), shard_size, files, job.teacher is None]
+    rows += [job.text, job.text_dtype]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -128,13 +130,13 @@ def encode_shard(job: Job, place: Place, encoder: Encoder) -> Shard:
     """Make one shard. Clips that cannot be used are listed in it, with reasons."""
     rows = read_json(_work(job.out, place), WORK_LIMIT, "precompute: what a shard is made of")["rows"]
     skipped: list[Skipped] = []
-    length = encoder.text_length
-    if place[0] == PROMPTS:
-        return write_shard(job.out, *place, encoder.prompts(rows), text_length=length)
+    text = {"text_length": encoder.text_length, "text_dtype": job.text_dtype, "embedded": encoder.embedded}
+    if place[0] != CLIPS:
+        return write_shard(job.out, *place, encoder.prompts(rows), **text)
     used = [row for row in rows if not held_out(row["file"], job.options)]
     examples = encoder.clips(used, skipped)
     counts = {"clips": len(used), "held_out": len(rows) - len(used)}
-    return write_shard(job.out, *place, examples, text_length=length, skipped=skipped, **counts)
+    return write_shard(job.out, *place, examples, skipped=skipped, **text, **counts)
 
 
 def note_failure(job: Job, place: Place, reason: str) -> None:
@@ -158,7 +160,7 @@ def finish(job: Job, skipped: Sequence[Skipped]) -> dict[str, Any]:
         raise UserError(f"{job.folder}: no clip can be used: {told_reasons(listed) or 'all are held out'}")
     info = {
         "records": records,
-        "shards": len(shards),
+        "shards": sum(kind != EMPTY for kind, _ in shards),
         "clips": sum(shard.clips for shard in shards.values()),
         "held_out": sum(shard.held_out for shard in shards.values()),
         "skipped": len(listed),

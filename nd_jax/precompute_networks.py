@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,10 @@ from nd_jax.errors import UserError
 from nd_jax.models.causal_vae import definition as codec_definition
 from nd_jax.models.causal_vae import posterior
 from nd_jax.pixels import from_uint8
-from nd_jax.recipes.text_teacher import Teacher, teacher_params
+from nd_jax.stored_text import TextReader
 from nd_jax.system import codec_folder, load_system
 from nd_jax.text_workflow import shared_tokenizer
 from nd_jax.training.mesh import MeshConfig, batch_entry, make_mesh
-from nd_jax.training.sharding import Rules, param_shardings
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,14 @@ class Job:
     options: FolderOptions
     batch: int = 8
     """Windows and prompts that are encoded at once."""
+    text: Literal["denoiser", "encoder"] = "denoiser"
+    """Text features as the denoiser's blocks read them, or as the encoders give them; they differ where the denoiser
+    embeds text itself."""
+    text_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 class Encoder:
-    """A worker's networks: the codec, batches split over its devices, and the teacher's text encoder, parameters split.
+    """A worker's networks: the codec, batches split over its devices, and the teacher's text encoders, split.
 
     Raises UserError for folders that do not hold them.
     """
@@ -58,13 +61,14 @@ class Encoder:
         config, params = load_component(codec_folder(job.codec), "video_vae", dtype="fp32")
         codec, self._codec = codec_definition(config), jax.device_put(params, whole)
         self._latents = jax.jit(lambda params, video: posterior(codec.bind(params).encode(video)).mean)
-        self.text_length = None
+        self.text_length, self.embedded = None, False
         if job.teacher is not None:
             system = load_system(job.teacher, dtype=None)
-            self._tokenizer, self.text_length = shared_tokenizer(system), system.video.text_length
-            given = teacher_params(system.config, system.params)
-            self._text = jax.device_put(given, param_shardings(given, Rules(), self.mesh))
-            self._features = jax.jit(Teacher(system.config))
+            shared_tokenizer(system)
+            self.text_length = system.video.text_length
+            options = {"embedded": job.text == "denoiser"}
+            self._text = TextReader(system.config, system.params, system.tokenizers, self.mesh, **options)
+            self.embedded = self._text.embedded
 
     def clips(self, rows: Sequence[dict[str, Any]], skipped: list[Skipped]) -> Iterator[Example]:
         """Every window of every clip; what cannot be used goes to ``skipped``."""
@@ -104,23 +108,16 @@ class Encoder:
         """A record for every prompt, without latents."""
         for start in range(0, len(texts), self.job.batch):
             some = texts[start : start + self.job.batch]
-            for text, ids, features in zip(some, *self._read(some), strict=True):
-                yield Example("", (text,), ids=(ids,), features=(features,))
+            for text, each in zip(some, self._text(some, self.job.batch), strict=True):
+                yield dataclasses.replace(Example("", (text,)), **_text_fields([each]))
 
     def _with_text(self, example: Example) -> Example:
         if self.text_length is None:
             return example
-        ids, features = self._read(example.captions)
-        return dataclasses.replace(example, ids=ids, features=features)
+        return dataclasses.replace(example, **_text_fields(self._text(example.captions, self.job.batch)))
 
-    def _read(self, texts: Sequence[str]) -> tuple[tuple, tuple]:
-        """Ids of the valid tokens of every text, and what the teacher's denoiser reads of them."""
-        found: list[tuple] = []
-        for start in range(0, len(texts), self.job.batch):
-            some = list(texts[start : start + self.job.batch])
-            ids, mask, _ = self._tokenizer([*some, *[""] * (self.job.batch - len(some))])
-            states = np.asarray(self._features(self._text, ids, mask))
-            for row in range(len(some)):
-                valid = np.asarray(mask[row]) > 0
-                found.append((tuple(np.asarray(ids[row])[valid].tolist()), states[row][valid]))
-        return tuple(ids for ids, _ in found), tuple(states for _, states in found)
+
+def _text_fields(read: Sequence[tuple]) -> dict[str, tuple]:
+    """What ``TextReader`` gives, as fields of ``Example``."""
+    ids, features, pooled = zip(*read, strict=True)
+    return {"ids": ids, "features": features, "pooled": () if pooled[0] is None else pooled}

@@ -117,6 +117,10 @@ def train_text_student(
         source, options = prompts, {"tokenizers": {"t5": shared_tokenizer(teacher)}}
     else:
         source, options, keys = open_features(features), {}, ("t5_ids", "t5_mask", "target")
+        if teacher.config.diffusion_transformer.context_embedder and not source.embedded:
+            raise UserError(
+                f"{features} holds text in front of the denoiser's embedding; precompute it again with --text denoiser"
+            )
         if (source.text_length, source.width) != (length, recipe.width):
             raise UserError(
                 f"{features} holds targets of {source.text_length} tokens x {source.width} channels, expected "

@@ -47,6 +47,7 @@ from nd_jax.recipes.flow_matching import FlowRecipe
 from nd_jax.recipes.preset import CodecRun, FlowRun, Preset, TextRun, as_settings
 from nd_jax.recipes.pruning import remove_blocks
 from nd_jax.recipes.text_attributes import TextAttributesRecipe
+from nd_jax.stored_text import check_stored
 from nd_jax.system import TOKENIZERS, VideoSystem, check_vocabularies, latent_stats, text_tokenizers
 from nd_jax.training.checkpoint import load_tree
 from nd_jax.training.cluster import once
@@ -312,7 +313,11 @@ def train_flow(
     folders = [latents] if isinstance(latents, str | Path) else list(latents)
     if bool(folders) == (prompts is not None):
         raise UserError(f"train {preset.name} {name}: expected latents to train on, or for prompts alone none")
-    sources = [open_latents(folder, dropout=run.recipe.caption_dropout, units=units) for folder in folders]
+    stored = run.recipe.text == "stored"
+    if stored and not folders:
+        raise UserError(f"train {preset.name} {name}: --recipe.text stored comes with latents; expected some")
+    reading = {"units": units, "text": video.text_length if stored else None}
+    sources = [open_latents(folder, dropout=run.recipe.caption_dropout, **reading) for folder in folders]
     codec_config, codec_params = load_component(codec_folder, "video_vae", dtype="fp32")
     if codec_config.latents_mean is None and folders:
         whole = open_latents(folders[0])
@@ -338,26 +343,31 @@ def train_flow(
     )
     readers = text_tokenizers(tokenizers, video)
     check_vocabularies(readers, config)
+    given = text or {} if start is None else {k: v for k, v in start.params.items() if k != CODEC}
+    for source in sources if stored else ():
+        check_stored(source, config, given, readers)
     columns = [recipe.column_sizes.count(index) for index in range(len(sizes))]
+    keys = (("latents",) if folders else ()) + (("text", "t5_mask", "pooled") if stored else ())
     streams = [
         process_batches(
             source,
             run.recipe.batch * count // len(recipe.columns),
             run.loop.seed + index,
-            keys=("latents",) if prompts is None else (),
-            tokenizers=readers,
+            keys=keys,
+            tokenizers={} if stored else readers,
         )
         for index, (source, count) in enumerate(zip(sources or [prompts], columns, strict=True))
     ]
     spec = recipe.batch_spec()
     feed = MixedFeed(streams, columns, spec) if len(streams) > 1 else Feed(streams[0], spec)
-    given = text or {} if start is None else {k: v for k, v in start.params.items() if k != CODEC}
+    kept_text = {k: v for k, v in given.items() if k in TEXT_PARTS} if stored else {}
+    given = {k: v for k, v in given.items() if k not in kept_text}
     work = flow_work(recipe, also_given[0] if also_given else None, list(mesh.devices.flat))
     options = {"mesh": mesh, "given": (given, *also_given), "work": work, "quiet": quiet}
     outcome = _train(preset, name, recipe, feed, run, out, **options)
     if not outcome.finished:
         return outcome, None
-    params: dict[str, Params] = {**load_tree(Path(out)), CODEC: codec_params}
+    params: dict[str, Params] = {**kept_text, **load_tree(Path(out)), CODEC: codec_params}
     kept = None if start is None else start.kept_blocks
     return outcome, VideoSystem(config, params, readers, video, preset.sampling, preset.schedule, kept_blocks=kept)
 

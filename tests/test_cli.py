@@ -434,3 +434,24 @@ def test_statistics_are_those_of_the_latents():
         np.testing.assert_allclose(frames.std((0, 1, 2, 3)), 1, atol=1e-4)
     still = with_statistics(config, latents[:, :1])
     assert dataclasses.asdict(still)["latents_mean"][0] == dataclasses.asdict(still)["latents_mean"][1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "shapes_tiny", "teacher", "--out", "gs://bucket/run", "--latents", "l"),
+        ("train", "shapes_tiny", "teacher", "--out", "run", "--latents=s3://bucket/latents"),
+        ("data", "latents", "--data", "gs://bucket/data", "--codec", "c", "--out", "o"),
+    ],
+)
+def test_addresses_of_buckets_are_refused(run, words):
+    code, _, err = run(*words)
+    assert code == 2
+    assert "://bucket/" in err
+    assert "expected a path; mount the bucket" in err
+    assert err.count("\n") == 1
+
+
+def test_what_others_read_from_buckets_is_left_to_them():
+    cli.refuse_buckets(["--loop.compile-cache", "gs://bucket/compiled", "--beam", "temp_location=gs://b/t"], "nd-jax")
+    cli.refuse_buckets(["--prompt", "a film of gs://bucket"], "nd-jax")

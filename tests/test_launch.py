@@ -103,7 +103,13 @@ def test_the_sky_task_has_known_fields_and_starts_training():
 def test_the_sky_task_against_its_schema():
     schemas = pytest.importorskip("sky.utils.schemas")
     jsonschema = pytest.importorskip("jsonschema")
-    jsonschema.validate(sky(), schemas.get_task_schema())
+    task = sky()
+    jsonschema.validate(task, schemas.get_task_schema())
+    jsonschema.validate(task["resources"], schemas.get_resources_schema())
+    for mount in task["file_mounts"].values():
+        jsonschema.validate(mount, schemas.get_storage_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**task, "nodes": 2}, schemas.get_task_schema())
 
 
 @pytest.mark.parametrize("name", ["xpk.sh", "tpu_vm.sh", "slurm.sh"])

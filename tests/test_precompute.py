@@ -1,6 +1,7 @@
 """Precomputed shards: the pipeline on a tiny folder and system, resumed; folders that are damaged, short or mixed."""
 
 import json
+import re
 import shutil
 
 import ml_dtypes
@@ -202,7 +203,7 @@ def test_the_pipeline_resumes_counts_and_lists_bad_clips(clips, tiny_folder, tmp
     assert "begun with other settings" in capsys.readouterr().err
     assert cli.main([*words, "--beam", "runner=DirectRunner"]) == 0
     err = capsys.readouterr().err
-    assert "1 shards to make" in err
+    assert re.search(r"[12] shards to make", err), "the empty prompt's may or may not have been made before"
     assert "2 windows of 4 clips and 0 prompts in 2 shards; 0 clips held out" in err
     assert (out / "clips-00000.array_record").stat().st_mtime_ns == stamp
     listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]

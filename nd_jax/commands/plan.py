@@ -23,6 +23,7 @@ def plan(
     text_tokens: int | None = None,
     removed: int = 6,
     every_unit: bool = False,
+    stored_text: bool = False,
     checkpoint: Path | None = None,
     json_file: Annotated[Path | None, arg(name="json")] = None,
     overwrite: bool = False,
@@ -40,6 +41,7 @@ def plan(
         text_tokens: real tokens of a prompt; default: all that fit.
         removed: blocks that the pruned student lacks.
         every_unit: exact layouts, a column for every stage and latent frame (--recipe.every-unit of training).
+        stored_text: text features come with the latents (--recipe.text stored of training).
         checkpoint: folder of a training run that would go on; refused if it belongs to another preset.
         json_file: file for everything, as JSON.
         overwrite: replace an existing file.
@@ -80,9 +82,11 @@ def plan(
     for each in slices:
         for name in run or known:
             say(f"{preset} {name}: compiling for {each.name}")
-            here = settings
-            if every_unit and name != GENERATE and hasattr(chosen.run(name).recipe, "every_unit"):
-                here = Settings(**vars(settings) | {"changes": (("every_unit", True),)})
+            wanted = {"every_unit": True} if every_unit else {}
+            wanted |= {"text": "stored"} if stored_text else {}
+            fields = () if name == GENERATE else type(chosen.run(name).recipe).__dataclass_fields__
+            changes = tuple((field, value) for field, value in wanted.items() if field in fields)
+            here = Settings(**vars(settings) | {"changes": changes})
             if batch == "auto" and name != GENERATE:
                 plans.append(largest_batch(chosen, name, each, here, say=say))
             else:

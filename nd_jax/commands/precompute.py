@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -27,6 +28,8 @@ def data_precompute(
     seed: int = 0,
     shard_size: int = 64,
     batch: int = 8,
+    text: Literal["denoiser", "encoder"] = "denoiser",
+    text_dtype: Literal["bfloat16", "float32"] = "bfloat16",
     beam: tuple[str, ...] = (),
     overwrite: bool = False,
 ) -> None:
@@ -34,7 +37,7 @@ def data_precompute(
 
     Run the same command again after an interruption: finished shards are kept. Clips that cannot be used are listed
     with reasons in OUT/skipped.jsonl. OUT serves as --latents of training and, with --teacher, as --features of text
-    distillation.
+    distillation, and in place of the text encoders of training with --recipe.text stored.
 
     Args:
         preset: name of the preset to train, which gives size, length and rate.
@@ -52,6 +55,9 @@ def data_precompute(
         seed: of the choice of held-out clips.
         shard_size: clips, or prompts, of a shard.
         batch: windows, or prompts, that a worker encodes at once.
+        text: features as the denoiser's blocks read them, for text distillation, or as the encoders give them, for
+            training denoisers; the same but for denoisers that embed text themselves.
+        text_dtype: of text features on disk.
         beam: Beam's options without their dashes, such as runner=DataflowRunner project=p; default: this machine.
         overwrite: begin anew.
     """
@@ -90,7 +96,7 @@ def data_precompute(
         with tfds_quiet():
             source = PromptSource([prompt_data.open_split(each, "train") for each in prompts])
         texts = [source[index]["caption"] for index in range(len(source))]
-    job = Job(folder.absolute(), out.absolute(), codec, teacher, options, batch)
+    job = Job(folder.absolute(), out.absolute(), codec, teacher, options, batch, text, text_dtype)
     left, skipped = begin(job, captions=captions, prompts=texts, shard_size=shard_size, overwrite=overwrite)
     say(f"{len(left)} shards to make")
     if left:

@@ -1,12 +1,13 @@
-"""Shards of precomputed examples: latents and text features in bfloat16, many ArrayRecord files in one folder.
+"""Shards of precomputed examples: latents in bfloat16 and text features, many ArrayRecord files in one folder.
 
 ``shards.json`` says what the folder was begun for: a digest of all settings and how many shards of each kind there are
 to be. A shard is ``KIND-NNNNN.array_record`` and, written after it, ``KIND-NNNNN.json`` with counts, shapes and skipped
 clips; what has both is finished. ``info.json`` closes the folder. Kinds: ``clips`` (latents with their captions and the
-captions' features) and ``prompts`` (features alone).
+captions' features), ``prompts`` (features alone) and ``empty`` (those of the empty prompt, for guidance).
 
 A record: the length of its head (4 bytes, little endian), the head (JSON: ``name``, ``start`` in seconds, ``captions``
-and ``ids``, every caption's valid tokens), the latents [U, h, w, C] and, caption after caption, features [tokens, D].
+and ``ids``, every caption's valid tokens), the latents [U, h, w, C] and, caption after caption, features [tokens, D],
+then pooled vectors [P].
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ from nd_jax.errors import UserError
 from nd_jax.outputs import new_file
 
 PLAN, INFO = "shards.json", "info.json"
-CLIPS, PROMPTS = "clips", "prompts"
-KINDS = (CLIPS, PROMPTS)
+CLIPS, PROMPTS, EMPTY = "clips", "prompts", "empty"
+KINDS = (CLIPS, PROMPTS, EMPTY)
 HEAD_LIMIT = 1 << 22
 """Bytes of a record's head."""
 SIDECAR_LIMIT = 1 << 26
 """Bytes of a shard's description."""
 REMEDY = "run nd-jax data precompute again, or copy the folder again"
 BF16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {"bfloat16": BF16, "float32": np.dtype(np.float32)}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Example:
     start: float = 0.0
     ids: tuple[tuple[int, ...], ...] = ()
     features: tuple[Float[np.ndarray, "tokens d"], ...] = ()
+    pooled: tuple[Float[np.ndarray, " p"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,22 @@ class Shard:
     """Channels of the features."""
     text_length: int | None = None
     """Tokens that prompts are cut or padded to."""
+    pooled: int | None = None
+    """Channels of the pooled vectors."""
+    text_dtype: str = "bfloat16"
+    embedded: bool = False
+    """Features are behind a context embedder of the denoiser."""
     clips: int = 0
     held_out: int = 0
     skipped: tuple[Skipped, ...] = field(default=())
 
 
-def pack(example: Example) -> bytes:
+def pack(example: Example, text_dtype: str = "bfloat16") -> bytes:
     """The record. Raises UserError for numbers that are not finite in bfloat16."""
-    arrays = [*([] if example.latents is None else [example.latents]), *example.features]
+    arrays = [] if example.latents is None else [(example.latents, BF16)]
+    arrays += [(array, DTYPES[text_dtype]) for array in (*example.features, *example.pooled)]
     with np.errstate(over="ignore"):
-        low = [np.ascontiguousarray(array, BF16) for array in arrays]
+        low = [np.ascontiguousarray(array, dtype) for array, dtype in arrays]
     if not all(np.isfinite(array.astype(np.float32)).all() for array in low):
         raise UserError("its latents or text features are not finite in bfloat16: look at the codec")
     head = {"name": example.name, "start": example.start, "captions": example.captions, "ids": example.ids}
@@ -98,18 +107,20 @@ def unpack(record: bytes, shard: Shard, where: str) -> Example:
     sound = sound and all(type(n) is int and 0 <= n < 1 << 31 for row in ids for n in row)
     if not sound or not isinstance(head.get("name"), str) or not isinstance(head.get("start"), int | float):
         raise UserError(f"{where} is damaged (its head lacks a name, captions or ids); {REMEDY}")
-    shapes = [] if shard.shape is None else [shard.shape]
-    shapes += [(len(row), shard.width) for row in ids]
-    expected = 4 + size + sum(math.prod(shape) for shape in shapes) * BF16.itemsize
+    dtype = DTYPES[shard.text_dtype]
+    shapes = [] if shard.shape is None else [(shard.shape, BF16)]
+    shapes += [((len(row), shard.width), dtype) for row in ids]
+    shapes += [] if shard.pooled is None else [((shard.pooled,), dtype)] * len(ids)
+    expected = 4 + size + sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
     if len(record) != expected:
         raise UserError(f"{where} has {len(record)} bytes, expected {expected}: latents of another shape; {REMEDY}")
     arrays, at = [], 4 + size
-    for shape in shapes:
-        arrays.append(np.frombuffer(record, BF16, math.prod(shape), at).reshape(shape))
+    for shape, dtype in shapes:
+        arrays.append(np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape))
         at += arrays[-1].nbytes
     latents = None if shard.shape is None else arrays.pop(0)
-    rows = tuple(map(tuple, ids))
-    return Example(head["name"], tuple(captions), latents, float(head["start"]), rows, tuple(arrays))
+    rows, features, pooled = tuple(map(tuple, ids)), tuple(arrays[: len(ids)]), tuple(arrays[len(ids) :])
+    return Example(head["name"], tuple(captions), latents, float(head["start"]), rows, features, pooled)
 
 
 def shard_name(kind: str, index: int) -> str:
@@ -124,6 +135,8 @@ def write_shard(
     examples: Iterable[Example],
     *,
     text_length: int | None = None,
+    text_dtype: str = "bfloat16",
+    embedded: bool = False,
     clips: int = 0,
     held_out: int = 0,
     skipped: Sequence[Skipped] = (),
@@ -134,18 +147,20 @@ def write_shard(
     """
     from array_record.python import array_record_module
 
-    name, count, most, shape, width = shard_name(kind, index), 0, 1, None, None
+    name, count, most, shape, width, pooled = shard_name(kind, index), 0, 1, None, None, None
     with new_file(folder / f"{name}.array_record", overwrite=True) as part:
         writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
         for example in examples:
-            writer.write(pack(example))
+            writer.write(pack(example, text_dtype))
             count, most = count + 1, max(most, len(example.captions))
             shape = shape if example.latents is None else tuple(example.latents.shape)
             width = example.features[0].shape[1] if example.features else width
+            pooled = len(example.pooled[0]) if example.pooled else pooled
         writer.close()
         size = os.path.getsize(part)
     length = None if width is None else text_length
-    shard = Shard(count, size, most, shape, width, length, clips, held_out, tuple(skipped))
+    text = (width, length, pooled, text_dtype, embedded)
+    shard = Shard(count, size, most, shape, *text, clips, held_out, tuple(skipped))
     with new_file(folder / f"{name}.json", overwrite=True) as part:
         part.write_text(json.dumps(dataclasses.asdict(shard)), encoding="utf-8")
     return shard
@@ -157,11 +172,14 @@ def read_shard(folder: Path, kind: str, index: int) -> Shard:
     content = read_json(path, SIDECAR_LIMIT, "latents: shard's description")
     try:
         counts = [content[name] for name in ("records", "bytes", "captions", "clips", "held_out")]
-        sides = [1 if content[name] is None else content[name] for name in ("width", "text_length")]
+        # Shards of older versions have no pooled vectors and say nothing of them.
+        content = {"pooled": None, "text_dtype": "bfloat16", "embedded": False} | content
+        sides = [1 if content[name] is None else content[name] for name in ("width", "text_length", "pooled")]
         shape = content["shape"]
         sound = all(type(n) is int and 0 <= n < 1 << 48 for n in counts)
         sound &= all(type(n) is int and 0 < n < 1 << 24 for n in (*sides, *(shape or [])))
         sound &= (shape is None or len(shape) == 4) and (content["width"] is None) == (content["text_length"] is None)
+        sound &= content["text_dtype"] in DTYPES and type(content["embedded"]) is bool
         skipped = tuple(Skipped(str(each["file"]), str(each["reason"])) for each in content["skipped"])
     except (KeyError, TypeError):
         sound = False
@@ -190,6 +208,8 @@ def read_plan(folder: Path) -> dict[str, Any]:
     path = folder / PLAN
     plan = read_json(path, what="latents: description of shards")
     counts = plan.get("shards")
+    if isinstance(counts, dict):  # those of older versions know no empty prompt
+        plan = {**plan, "shards": (counts := {EMPTY: 0} | counts)}
     sound = isinstance(counts, dict) and counts.keys() == set(KINDS) and re.fullmatch(r"\w+", str(plan.get("digest")))
     if not sound or not all(type(n) is int and 0 <= n < 100_000 for n in counts.values()):
         raise UserError(f"latents: {path} says {shown(plan)}, expected what nd-jax data precompute wrote; {REMEDY}")

@@ -15,9 +15,10 @@ from jaxtyping import Float
 from nd_jax.checked_files import read_json, shown
 from nd_jax.data.latent_shards import (
     CLIPS,
+    DTYPES,
+    EMPTY,
     HEAD_LIMIT,
     INFO,
-    KINDS,
     PLAN,
     PROMPTS,
     REMEDY,
@@ -40,11 +41,17 @@ def is_shards(folder: str | Path) -> bool:
 
 
 def open_latents(
-    folder: str | Path, *, dropout: float = 0.0, units: int | None = None
+    folder: str | Path, *, dropout: float = 0.0, units: int | None = None, text: int | None = None
 ) -> LatentSource | ShardedLatentSource:
-    """Latents of ``nd-jax data latents`` or ``nd-jax data precompute``, both by index. Raises UserError for others."""
-    kind = ShardedLatentSource if is_shards(folder) else LatentSource
-    return kind(folder, dropout=dropout, units=units)
+    """Latents of ``nd-jax data latents`` or ``nd-jax data precompute``, both by index. Raises UserError for others, and
+    for the former where stored ``text`` of so many tokens is wanted as well."""
+    if is_shards(folder):
+        return ShardedLatentSource(folder, dropout=dropout, units=units, text=text)
+    if text is not None:
+        raise UserError(
+            f"{folder} holds no text features; --recipe.text stored expects shards of nd-jax data precompute --teacher"
+        )
+    return LatentSource(folder, dropout=dropout, units=units)
 
 
 def open_features(folder: str | Path) -> FeatureSource | ShardedFeatureSource:
@@ -77,7 +84,7 @@ class Records:
         if not self.shards or self.ends[-1] != expected:
             found = self.ends[-1] if self.shards else 0
             raise UserError(f"latents: {folder} holds {found} records, {INFO} says {expected}; {REMEDY}")
-        for field in ("shape", "width", "text_length"):
+        for field in ("shape", "width", "text_length", "pooled", "text_dtype", "embedded"):
             self._alike(field, kinds)
         paths = [self._check(name, shard) for name, shard in zip(self.names, self.shards, strict=True)]
         self._source = grain.sources.ArrayRecordDataSource(paths)
@@ -85,17 +92,19 @@ class Records:
     def _alike(self, field: str, kinds: tuple[str, ...]) -> None:
         found: dict[Any, str] = {}
         for name, shard in zip(self.names, self.shards, strict=True):
-            if field != "shape" or not name.startswith(PROMPTS):
+            if field != "shape" or name.startswith(CLIPS):
                 found.setdefault(getattr(shard, field), name)
         if len(found) > 1:
             told = ", ".join(f"{_told(value)} in {name}" for value, name in list(found.items())[:3])
-            what = {"shape": "latents", "width": "text channels", "text_length": "text lengths"}[field]
+            what = {"shape": "latents", "width": "text channels", "text_length": "text lengths"}
+            what = what.get(field, "text features")
             raise UserError(f"latents: {self.folder} mixes {what}: {told}; expected one, keep each in its own folder")
 
     def _check(self, name: str, shard: Shard) -> str:
         path = self.folder / f"{name}.array_record"
         tokens = 0 if shard.width is None else shard.captions * shard.text_length * shard.width
-        limit = HEAD_LIMIT + 4 + 2 * (int(np.prod(shard.shape or (0,))) + tokens)
+        tokens += shard.captions * (shard.pooled or 0)
+        limit = HEAD_LIMIT + 4 + 2 * int(np.prod(shard.shape or (0,))) + DTYPES[shard.text_dtype].itemsize * tokens
         try:
             chunks = record_chunks(path)
         except ValueError as error:
@@ -143,14 +152,61 @@ class LatentTable:
 
 
 class ShardedLatentSource:
-    """``LatentSource`` of a folder of shards: the same examples, dropout and attributes, float32."""
+    """``LatentSource`` of a folder of shards: the same examples, dropout and attributes, float32.
 
-    def __init__(self, folder: str | Path, *, dropout: float = 0.0, units: int | None = None):
+    With ``text`` tokens, examples also have what is stored of their captions: ``text`` float32 [S, D], zero at padding,
+    ``t5_mask`` int32 [S] and ``pooled`` float32 [P]. Raises UserError for shards without that.
+    """
+
+    def __init__(self, folder: str | Path, *, dropout: float = 0.0, units: int | None = None, text: int | None = None):
         if not 0 <= dropout < 1:
             raise UserError(f"latents: caption dropout {dropout}, expected at least 0 and below 1")
         self.folder, self.dropout, self._records = Path(folder), dropout, Records(folder, (CLIPS,))
         self.latents = LatentTable(self._records, units)
         self.variants = self._records.variants
+        self._tokens = text
+        if text is not None:
+            self._check_text(text)
+
+    def _check_text(self, tokens: int) -> None:
+        shard = self.text
+        if shard.pooled is None or not read_plan(self.folder)["shards"][EMPTY]:
+            raise UserError(
+                f"{self.folder} holds no text features to train denoisers on; precompute it again with --teacher "
+                "SYSTEM that has all three text encoders, or leave --recipe.text live"
+            )
+        if shard.text_length < tokens:
+            raise UserError(
+                f"{self.folder} holds text of {shard.text_length} tokens, this run reads {tokens}; precompute it again "
+                "with a system that reads as many, or leave --recipe.text live"
+            )
+
+    @property
+    def text(self) -> Shard:
+        """What the shards say of their text features; all say the same."""
+        return self._records.shards[0]
+
+    @property
+    def first(self) -> Example:
+        """The first clip."""
+        return self._records[0]
+
+    @cached_property
+    def empty(self) -> Example:
+        """The empty prompt with its features."""
+        return Records(self.folder, (EMPTY,))[0]
+
+    def features(self, example: Example, variant: int) -> dict[str, np.ndarray]:
+        """What is stored of one of an example's captions."""
+        count = len(example.ids[variant])
+        if count > self._tokens:
+            raise UserError(
+                f"{self.folder}: a caption of {example.name or 'the empty prompt'} has {count} tokens, this run reads "
+                f"{self._tokens}; use a preset that reads more, or leave --recipe.text live"
+            )
+        text, mask = np.zeros((self._tokens, self.text.width), np.float32), np.zeros(self._tokens, np.int32)
+        text[:count], mask[:count] = example.features[variant], 1
+        return {"text": text, "t5_mask": mask, "pooled": np.array(example.pooled[variant], np.float32)}
 
     @property
     def captions(self) -> Iterator[list[str]]:
@@ -166,19 +222,22 @@ class ShardedLatentSource:
         dropped = (index * 0.6180339887498949) % 1 < self.dropout
         example = self._records[clip]
         latents = np.array(example.latents[: self.latents.shape[1]], np.float32)
-        caption = example.captions[variant % len(example.captions)]
-        return {"latents": latents, "caption": "" if dropped else caption}
+        variant %= len(example.captions)
+        found = {"latents": latents, "caption": "" if dropped else example.captions[variant]}
+        if self._tokens is not None:
+            found |= self.features(self.empty, 0) if dropped else self.features(example, variant)
+        return found
 
 
 class ShardedFeatureSource:
     """``FeatureSource`` of a folder of shards: the features of every caption, then of the prompts without clips."""
 
     def __init__(self, folder: str | Path):
-        self.folder, self._records = Path(folder), Records(folder, KINDS)
+        self.folder, self._records = Path(folder), Records(folder, (CLIPS, PROMPTS))
         first = self._records.shards[0]
         if first.width is None:
             raise UserError(f"text features: {folder} holds latents alone; precompute it with --teacher SYSTEM")
-        self.width, self.text_length = first.width, first.text_length
+        self.width, self.text_length, self.embedded = first.width, first.text_length, first.embedded
 
     @cached_property
     def variants(self) -> int:

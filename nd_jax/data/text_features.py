@@ -89,6 +89,7 @@ class FeatureSource:
         self.folder = Path(folder)
         info = read_json(self.folder / INFO, INFO_LIMIT, "text features: description")
         self.width, self.text_length, counts = _check_info(self.folder / INFO, info)
+        self.embedded = True  # always what the denoiser's blocks read
         tokens = info["tokens"]
         self._targets = _open(self.folder / TARGETS, np.dtype(DTYPES[info["dtype"]]), (tokens, self.width))
         self._ids = _open(self.folder / IDS, np.dtype(np.int32), (tokens,))

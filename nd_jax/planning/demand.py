@@ -92,7 +92,8 @@ def denoiser_demand(systems: Systems, recipe: FlowRecipe, text: int) -> Demand:
         useful = 3 * student + teacher
     else:
         useful = 3 * student
-    useful += _text(recipe.system, config.batch, text) * (3 if config.train_text else 1)
+    if config.text == "live":
+        useful += _text(recipe.system, config.batch, text) * (3 if config.train_text else 1)
     return Demand(
         useful,
         rows * (real.image + real.text),

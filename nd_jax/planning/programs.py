@@ -18,7 +18,7 @@ from nd_jax.models import causal_vae, context_adapter, mmdit, t5
 from nd_jax.models.causal_vae import NativeVAEConfig
 from nd_jax.models.functional import Params
 from nd_jax.models.mmdit import MMDiTConfig
-from nd_jax.models.system import ADAPTER, CODEC, DENOISER, T5, TEXT_PARTS, SystemConfig, TextTokens
+from nd_jax.models.system import ADAPTER, CODEC, DENOISER, T5, TEXT_PARTS, Conditions, SystemConfig, TextTokens
 from nd_jax.models.t5 import T5Config, t5_xxl
 from nd_jax.pyramid.layout import envelopes, layout_arrays
 from nd_jax.pyramid.sampler import guide, twice
@@ -113,6 +113,14 @@ def _recovery(preset: Preset, systems: Systems, run: Any, config: Any, mesh: Mes
 def _steps(preset: Preset, systems: Systems, run: StepRun, config: Any, mesh: Mesh) -> tuple[Any, tuple]:
     text, clip = preset.video.text_length, preset.video.clip_length
     negative = TextTokens(*(np.zeros((1, n), np.int32) for n in (text, text, clip, clip)))
+    if config.text == "stored":
+        network = preset.system.diffusion_transformer
+        width = network.joint_attention_dim if network.context_embedder else network.width
+        states, pooled = (
+            np.zeros((1, text, width), np.float32),
+            np.zeros((1, network.pooled_projection_dim), np.float32),
+        )
+        negative = Conditions(states, negative.t5_mask, pooled)
     # Over several rounds the student becomes a teacher, and is as deep as the first one.
     own = systems.whole if getattr(config, "rounds", 1) > 1 else systems.pruned
     made = STEP_RECIPES[type(run)](own, config, negative=negative, **_options(preset, mesh))

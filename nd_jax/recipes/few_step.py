@@ -36,7 +36,8 @@ ROLLOUT_KEY = 1 << 20
 class FewStepRecipe(FlowRecipe):
     """Base of the recipes, on the batches of flow matching. Subclasses have ``name``, ``config`` and ``step``.
 
-    ``negative`` are the tokens of one prompt, [1, S] and [1, S2]: the empty one, as the teacher was trained with.
+    ``negative`` are the tokens of one prompt, [1, S] and [1, S2]: the empty one, as the teacher was trained with. With
+    stored text it is that prompt's conditions.
     ``init(key, student, teacher)`` takes the student's networks and the teacher's denoiser (default: the student's).
     The teacher may have more blocks. It rests in the compute dtype.
 
@@ -57,7 +58,7 @@ class FewStepRecipe(FlowRecipe):
         system: SystemConfig,
         config: FewStepConfig,
         *,
-        negative: TextTokens,
+        negative: TextTokens | Conditions,
         table: tuple[Rule, ...] = DEFAULT_TABLE,
         **options: Any,
     ):
@@ -65,9 +66,12 @@ class FewStepRecipe(FlowRecipe):
         check_few_steps(config, self.schedule.stages, self.name)
         shapes = tuple(np.shape(ids) for ids in negative)
         text, clip = self.lengths
-        if shapes != ((1, text), (1, text), (1, clip), (1, clip)):
+        width, pooled = self.text_widths
+        wanted = ((1, text, width), (1, text), (1, pooled)) if self.stored else ((1, text),) * 2 + ((1, clip),) * 2
+        if shapes != wanted:
             raise UserError(
-                f"{self.name}: negative prompt of shapes {shapes}; expected one row of {text} and {clip} tokens"
+                f"{self.name}: negative prompt of shapes {shapes}; expected one row of {text} and {clip} tokens, "
+                f"shaped {wanted}"
             )
         self.negative = negative
         self.column_steps = [config.steps[stage] for stage in self.columns]
@@ -85,7 +89,11 @@ class FewStepRecipe(FlowRecipe):
         if DENOISER not in student:
             raise UserError(f"{self.name}: a student without {DENOISER}; expected a trained system to begin with")
         state = super().init(key, student)
-        negative = encode_text(self.definitions, state.params, self.negative)
+        if self.stored:
+            negative = Conditions(*(jnp.asarray(x, x.dtype if x.ndim == 2 else self.dtype) for x in self.negative))
+            negative = negative._replace(pooled=negative.pooled.astype(self.dtype))
+        else:
+            negative = encode_text(self.definitions, state.params, self.negative)
         resting = at_rest(state.params[DENOISER] if teacher is None else teacher, jnp.dtype(self.config.dtype))
         return state.replace(frozen={DENOISER: resting, NEGATIVE: negative._asdict()})
 
@@ -127,7 +135,7 @@ class FewStepRecipe(FlowRecipe):
         return config.own_history * jnp.clip((step + 1 - config.own_after) / max(config.own_ramp, 1), 0, 1)
 
     def with_own(self, state: TrainState, examples: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        rows, made = len(examples["t5_ids"]), self.rolled_rows
+        rows, made = len(examples["t5_mask"]), self.rolled_rows
         own_key, *keys = jax.random.split(jax.random.fold_in(state.step_key(), ROLLOUT_KEY), 1 + len(self.sizes))
         own = jax.random.uniform(own_key, (rows,)) * self.own_rows < self.own_share(state.step) * rows
         own &= jnp.arange(rows) < self.own_rows

@@ -65,6 +65,9 @@ class FlowRecipeConfig:
     update sees equally long histories. Otherwise units are drawn independently."""
     train_text: bool = True
     """Train the text encoders along with the denoiser."""
+    text: Literal["live", "stored"] = "live"
+    """Run the text encoders at every step, or read what they gave from shards of `nd-jax data precompute --teacher`:
+    the encoders then are no part of the run's state. Needs --recipe.no-train-text."""
     attention: Literal["auto", "dense", "splash"] = "auto"
     """Dense, or the splash kernel, which needs ``every_unit``; auto: the kernel on TPUs, where layouts are exact."""
     microbatches: int = 1
@@ -97,7 +100,8 @@ class FlowRecipe:
     ``sizes`` are the latent frames, heights and widths that are trained together, with shares ``size_mix``.
     Batches: ``latents`` float32 [N, U, h, w, C] as the codec gives them (with several sizes: ``latents_0`` [N_0, ...],
     ``latents_1``, ...), and the prompts' ids, ``t5_ids``/``t5_mask`` [N, S], ``clip_ids``, ``clip_2_ids`` [N, S2],
-    int32. Row n trains the stage of column ``n % G``; the first G_0 columns belong to size 0, and so on.
+    int32; with stored text instead of ids ``text`` [N, S, D] and ``pooled`` [N, P], float32. Row n trains the stage of
+    column ``n % G``; the first G_0 columns belong to size 0, and so on.
     ``init`` takes a system's parameters, or some of its networks'; fresh ones for the rest.
     """
 
@@ -150,6 +154,11 @@ class FlowRecipe:
                 "flow matching: --recipe.attention splash reads a mask that is known before compiling; expected "
                 "--recipe.every-unit with it"
             )
+        self.stored = config.text == "stored"
+        if self.stored and config.train_text:
+            raise UserError(
+                "flow matching: --recipe.text stored is text of frozen encoders; expected --recipe.no-train-text too"
+            )
         dtype = jnp.dtype(config.dtype)
         self.hooks, self.dtype = hooks or NO_HOOKS, dtype
         self.definitions = system.definitions(dtype, hooks)
@@ -182,10 +191,23 @@ class FlowRecipe:
             for name, shape in zip(self.latent_names, shapes, strict=True)
         }
         ids = {"t5_ids": text, "t5_mask": text, "clip_ids": clip, "clip_2_ids": clip}
-        return latents | {name: jax.ShapeDtypeStruct((n, length), jnp.int32) for name, length in ids.items()}
+        features = {}
+        if self.stored:
+            ids, (width, pooled) = {"t5_mask": text}, self.text_widths
+            features = {"text": (n, text, width), "pooled": (n, pooled)}
+        latents |= {name: jax.ShapeDtypeStruct((n, length), jnp.int32) for name, length in ids.items()}
+        return latents | {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in features.items()}
+
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Channels of the states and of the pooled vector that the denoiser reads of a prompt."""
+        network = self.system.diffusion_transformer
+        width = network.joint_attention_dim if network.context_embedder else network.width
+        return width, network.pooled_projection_dim
 
     def init(self, key: jax.Array, *given: Params) -> TrainState:
-        parts = tuple(name for name in self.definitions if name != CODEC)
+        without = (CODEC, *TEXT_PARTS) if self.stored else (CODEC,)
+        parts = tuple(name for name in self.definitions if name not in without)
         known = {name: params for name, params in given[0].items() if name in parts} if given else {}
         params = known | init_system(self.definitions, key, tuple(name for name in parts if name not in known))
         return TrainState.create(params, self.optimizer, jax.random.fold_in(key, 1), ema=True)
@@ -221,6 +243,10 @@ class FlowRecipe:
 
     def encode(self, params: Params, examples: dict[str, Any]) -> Conditions:
         """The prompts' conditions, rows ``b * G + g``."""
+        if self.stored:
+            text, mask, pooled = (examples[name] for name in ("text", "t5_mask", "pooled"))
+            rows = [x.reshape(-1, *x.shape[2:]) for x in (text, mask, pooled)]
+            return Conditions(rows[0].astype(self.dtype), rows[1], rows[2].astype(self.dtype))
         tokens = TextTokens(*(examples[name].reshape(-1, examples[name].shape[-1]) for name in TextTokens._fields))
         if not self.config.train_text:
             params = {name: jax.lax.stop_gradient(p) if name in TEXT_PARTS else p for name, p in params.items()}
