@@ -32,13 +32,13 @@ def float_graph() -> Graph:
 
 
 def attention_graph() -> Graph:
-    """A product of two values behind linear layers, as in attention."""
+    """Products of two values, as in attention: one with a transposed operand that is mostly positive, one without."""
     graph = Graph("attention")
     x = graph.input("x", 12, 16)
-    queries, keys = (
-        graph.op("MatMul", [x, graph.weight(f"{name}/w", weights(name, 16, 8))], (12, 8), name) for name in ("q", "k")
-    )
-    scores = graph.matmul(queries, graph.transpose(keys, 1, 0), "scores")
+    queries = graph.matmul(x, graph.weight("q/w", weights("q", 16, 8)), "q")
+    inputs = [x, graph.weight("k/w", weights("k", 16, 8)), graph.weight("k/b", np.full(8, 2, np.float32))]
+    keys = graph.op("Gemm", inputs, (12, 8), "k")
+    scores = graph.op("Gemm", [queries, keys], (12, 12), "scores", transB=1)
     graph.output("y", graph.matmul(graph.softmax(scores), x, "seen"))
     return graph
 
