@@ -32,13 +32,13 @@ def float_graph() -> Graph:
 
 
 def attention_graph() -> Graph:
-    """A product of two values behind linear layers, as in attention."""
+    """Products of two values, as in attention: one with a transposed operand that is mostly positive, one without."""
     graph = Graph("attention")
     x = graph.input("x", 12, 16)
-    queries, keys = (
-        graph.op("MatMul", [x, graph.weight(f"{name}/w", weights(name, 16, 8))], (12, 8), name) for name in ("q", "k")
-    )
-    scores = graph.matmul(queries, graph.transpose(keys, 1, 0), "scores")
+    queries = graph.matmul(x, graph.weight("q/w", weights("q", 16, 8)), "q")
+    inputs = [x, graph.weight("k/w", weights("k", 16, 8)), graph.weight("k/b", np.full(8, 2, np.float32))]
+    keys = graph.op("Gemm", inputs, (12, 8), "k")
+    scores = graph.op("Gemm", [queries, keys], (12, 12), "scores", transB=1)
     graph.output("y", graph.matmul(graph.softmax(scores), x, "seen"))
     return graph
 
@@ -58,6 +58,20 @@ def twice_graph() -> Graph:
     return graph
 
 
+def wide_graph() -> Graph:
+    """Kernels that are identities beside small corrections, which one scale of 8 bits cannot hold."""
+    graph = Graph("wide")
+    x = graph.input("x", 1, 8, 8, 8)
+    kernel = 0.02 * weights("identity", 8, 8, 3, 3)
+    kernel[np.arange(8), np.arange(8), 1, 1] += 1
+    inputs = [x, graph.weight("kernel", kernel), graph.weight("bias", weights("bias", 8))]
+    y = graph.op("Conv", inputs, (1, 8, 8, 8), "conv", kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    y = graph.transpose(graph.reshape(y, 8, 64), 1, 0)
+    inputs = [y, graph.weight("fc/kernel", weights("fc", 8, 4)), graph.weight("fc/bias", weights("fc", 4))]
+    graph.output("y", graph.op("Gemm", inputs, (64, 4), "linear"))
+    return graph
+
+
 def stage_graph(name: str, rows: int) -> Graph:
     """A linear layer with weights that all stages share, over rows of its own."""
     graph = Graph(name)
@@ -71,7 +85,7 @@ def write_mini(folder: Path, stages: tuple[str, ...] = STAGES[:2]) -> Path:
     folder.mkdir()
     writer, data = BundleWriter(folder), {}
     graphs = [(float_graph(), "fp16", "adapter"), (attention_graph(), "w8a16", "attention")]
-    graphs += [(twice_graph(), "w8a16", "twice")]
+    graphs += [(twice_graph(), "w8a16", "twice"), (wide_graph(), "w8a16", "wide")]
     graphs += [(stage_graph(name, 8 * (k + 1)), "w8a16", "denoiser") for k, name in enumerate(stages)]
     runs = {}
     for graph, precision, stem in graphs:
@@ -87,14 +101,15 @@ def write_mini(folder: Path, stages: tuple[str, ...] = STAGES[:2]) -> Path:
             if stem not in data:
                 data[stem] = DataFile(path.with_name(f"{stem}.w8a16.data"))
             target = path.with_name(f"{graph.name}.w8a16.onnx")
-            quantise_graph(path, target, data[stem], value_ranges(path, inputs))
+            overrides = {"*": "int16"} if graph.name == "wide" else {}
+            quantise_graph(path, target, data[stem], value_ranges(path, inputs), overrides)
             writer.form(graph.name, "w8a16", f"graphs/{target.name}", [f"graphs/{stem}.w8a16.data"])
     for file in data.values():
         file.close()
     writer.content[KEY] = write_vectors(folder, runs)
     writer.content |= {key: {} for key in ("text", "latent", "denoiser", "sampling", "codec")}
     writer.content["video"] = {"height": 64, "width": 64, "frames": 9, "fps": 24}
-    steps = {"text": ["adapter", "attention"], "denoise": list(stages), "decode": ["twice"]}
+    steps = {"text": ["adapter", "attention"], "denoise": list(stages), "decode": ["twice", "wide"]}
     writer.content["schedule"] = [{"step": name, "load": each, "unload": each} for name, each in steps.items()]
     writer.finish()
     return folder

@@ -181,7 +181,7 @@ def test_compiled_graphs(compiled_bundle):
             assert 0 < graph["seconds"] < 300
             assert graph["peak_bytes"] > 50e6
         assert entry["graphs"]["adapter"]["form"] == "fp32"
-        assert entry["graphs"]["attention"]["transposes"] == 1
+        assert entry["graphs"]["attention"]["transposes"] == 0
         assert entry["graphs"]["twice"]["transposes"] == 2, "at its ends alone: channels come first there"
     assert not list(compiled_bundle.glob(".*")), "no unfinished files"
     a, b = (compiled_bundle / f"hexagon/{name}/attention.bin" for name in ("sm8750", "sc8380xp"))
@@ -202,12 +202,12 @@ def test_sizes(compiled_bundle):
 
     bundle = Bundle(compiled_bundle)
     sizes, apart = binary_sizes(bundle, "sm8750"), binary_sizes(bundle, "sc8380xp")
-    assert set(sizes) == {"adapter", "attention", "twice", "denoiser_shared"}
+    assert set(sizes) == {"adapter", "attention", "twice", "wide", "denoiser_shared"}
     assert set(apart) == set(bundle.graphs)
     assert resident(bundle, "sm8750") == {
         "text": sizes["adapter"] + sizes["attention"],
         "denoise": sizes["denoiser_shared"],
-        "decode": sizes["twice"],
+        "decode": sizes["twice"] + sizes["wide"],
     }
     assert resident(bundle, "sc8380xp")["denoise"] == sum(apart[name] for name in STAGES[:2])
     assert "most at once" in list(size_lines(bundle, "sm8750"))[1]
@@ -215,13 +215,15 @@ def test_sizes(compiled_bundle):
 
 @needs_compiler
 def test_the_emulator_agrees_with_the_cpu(compiled_bundle):
-    """Products of two values, a layer used twice and Tanh in front of a bias: each was wrong on the NPU alone once."""
+    """Products of two values, a layer used twice, Tanh in front of a bias, 16-bit weights: each was wrong on the NPU
+    alone once."""
     from nd_jax.converters.hexagon.emulate import emulate_graphs
 
     found = emulate_graphs(compiled_bundle, TARGET, timeout=300)
     for name, told in found.items():
         assert told["emulator_to_cpu"] > 50, name
-        assert told["emulator_to_fp32"] > told["cpu_to_fp32"] - 1 or name == "adapter"
+        assert told["emulator_to_fp32"] > told["cpu_to_fp32"] - 1 or name in ("adapter", "wide")
+    assert found["wide"]["emulator_to_fp32"] > 60
     assert Bundle(compiled_bundle).content["hexagon"]["sm8750"]["graphs"]["twice"]["snr"] == found["twice"]
 
 

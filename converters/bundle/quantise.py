@@ -56,7 +56,10 @@ def value_groups(graph: onnx.GraphProto) -> dict[str, str]:
 
 
 def activation_encodings(graph: onnx.GraphProto, ranges: Mapping[str, Range]) -> dict[str, Encoding]:
-    """One encoding for every value, from the widened ranges of all values of its group; softmax is 0 to 1."""
+    """One encoding for every value, from the widened ranges of all values of its group; softmax is 0 to 1.
+
+    What a Gemm of two values takes as its second is symmetric: the NPU takes it in 16 bits only so.
+    """
     groups, widest = value_groups(graph), {}
     fixed = {node.output[0]: FIXED[node.op_type] for node in graph.node if node.op_type in FIXED}
     for pattern, known in KNOWN.items():
@@ -66,6 +69,11 @@ def activation_encodings(graph: onnx.GraphProto, ranges: Mapping[str, Range]) ->
         group = groups.get(name, name)
         before = widest.get(group, (low, high))
         widest[group] = (min(low, before[0]), max(high, before[1]))
+    made = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    seconds = {node.input[1] for node in graph.node if node.op_type == "Gemm" and node.input[1] in made}
+    for group in {groups.get(name, name) for name in seconds}:
+        reach = max(map(abs, widest[group]))
+        widest[group] = (-reach, reach * 32767 / 32768)
     return {name: activation_encoding(*widest[groups.get(name, name)]) for name in ranges}
 
 
