@@ -319,3 +319,49 @@ def test_a_small_step_compiles_for_every_generation(name):
     low, high = found["step_seconds"]
     assert 0 < low <= high
     assert found["fits_with_spare"]
+
+
+# ---- sweeps
+
+
+def test_the_full_size_sweep_step_is_lowered_for_a_mesh():
+    """The largest stage, for eight devices: every one has the weights and its own candidates, and the work is that of
+    as many layers as a candidate keeps."""
+    from nd_jax.planning.sweeping import sweep_calls
+
+    preset = load_preset("neodragon_320p")
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
+    layers, chunk = 18, 4
+    options = {"layers": layers, "chunk": chunk, "prompts": 16, "batch": 8}
+    calls = sweep_calls(preset, mesh, **options)
+    assert [call.stage for call in calls] == [0, 1, 2]
+    assert {call.times for call in calls} == {2 * preset.latent_size[0] * 2}
+    call = calls[-1]
+    lowered = jax.jit(call.function).lower(*call.arguments)
+    (errors,) = jax.tree.leaves(lowered.out_info)
+    assert errors.shape == (chunk * 8, 8)
+    candidates = call.arguments[3].kept
+    assert candidates.sharding.shard_shape(candidates.shape) == (
+        chunk,
+        preset.system.diffusion_transformer.num_layers - 1,
+    )
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(call.arguments[0]))
+    assert 3e9 < weights < 5e9, "two thousand million parameters in bfloat16"
+    (single,) = sweep_calls(preset, ALONE, **options)[-1:]
+    done = traced_flops(single.plain, *single.plain_arguments)
+    network = dataclasses.replace(preset.system.diffusion_transformer, num_layers=layers)
+    envelope, rows = single_envelope(preset), call.arguments[1].text.shape[0]
+    expected = chunk * denoiser_flops(network, padded_tokens(envelope).times(rows), rows)
+    np.testing.assert_allclose(done, expected, rtol=0.02)
+
+
+def test_a_sweeps_line():
+    plan = {"run": "sweep", "topology": "v5e:4x4", "batch": 8, "layers": 18, "mfu": [0.5, 0.25], "limit": "compute"}
+    plan |= {"peak_gib": 9.0, "hbm_gib": 15.75, "step_seconds": [10.0, 20.0], "candidates_per_second": [51.2, 25.6]}
+    assert line(plan).endswith("25.6 to 51.2 candidates/s of 18 layers")
+
+
+def single_envelope(preset):
+    from nd_jax.planning.programs import envelopes_of
+
+    return envelopes_of(preset, preset.latent_size[0])[-1]

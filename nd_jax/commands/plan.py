@@ -34,7 +34,7 @@ def plan(
     Args:
         preset: its name.
         topology: generation and shape of a slice, such as v5p:4x4x8; give it several times for several.
-        run: only these runs, and generate for sampling; default: all.
+        run: only these runs, generate for sampling, and sweep for prune sweep's step; default: all but the last.
         batch: examples per step of the whole slice instead of the preset's, or auto for the largest that fits.
         mesh: axis sizes such as fsdp=32,context=4; default: the batch over all chips, what it leaves over tokens.
         efficiency: share of their peak that matrix units are taken to reach, for the derated bound.
@@ -49,7 +49,7 @@ def plan(
     from nd_jax.outputs import check_new_file, new_file
     from nd_jax.planning.chips import parse_topology
     from nd_jax.planning.compiled import check_libtpu
-    from nd_jax.planning.plan import GENERATE, Settings, largest_batch, plan_run
+    from nd_jax.planning.plan import GENERATE, SWEEP, Settings, largest_batch, plan_run
     from nd_jax.planning.programs import plannable
     from nd_jax.planning.splits import parse_split
     from nd_jax.recipes.preset import load_preset
@@ -63,8 +63,8 @@ def plan(
     check_at_least(0, removed=removed)
     known = [*plannable(chosen), GENERATE]
     for name in run:
-        if name not in known:
-            raise UserError(f"plan: no run {name!r} of {preset} to plan, expected one of {', '.join(known)}")
+        if name not in (*known, SWEEP):
+            raise UserError(f"plan: no run {name!r} of {preset} to plan, expected one of {', '.join([*known, SWEEP])}")
     if checkpoint is not None:
         check_checkpoint(checkpoint, preset)
     if json_file is not None:
@@ -84,10 +84,11 @@ def plan(
             say(f"{preset} {name}: compiling for {each.name}")
             wanted = {"every_unit": True} if every_unit else {}
             wanted |= {"text": "stored"} if stored_text else {}
-            fields = () if name == GENERATE else type(chosen.run(name).recipe).__dataclass_fields__
+            fixed = name in (GENERATE, SWEEP)
+            fields = () if fixed else type(chosen.run(name).recipe).__dataclass_fields__
             changes = tuple((field, value) for field, value in wanted.items() if field in fields)
             here = Settings(**vars(settings) | {"changes": changes})
-            if batch == "auto" and name != GENERATE:
+            if batch == "auto" and not fixed:
                 plans.append(largest_batch(chosen, name, each, here, say=say))
             else:
                 plans.append(plan_run(chosen, name, each, here))
@@ -120,9 +121,11 @@ def line(plan: Mapping[str, Any]) -> str:
     """One plan in one line."""
     low, high = plan["step_seconds"]
     memory = f"{plan['peak_gib']:.2f} of {plan['hbm_gib']:.2f} GiB, " if "peak_gib" in plan else ""
+    rate = plan.get("candidates_per_second")
+    many = "" if rate is None else f", {rate[1]:.1f} to {rate[0]:.1f} candidates/s of {plan['layers']} layers"
     return (
         f"{plan['run']} on {plan['topology']}: batch {plan['batch']}, {memory}{low:.3f} to {high:.3f} s, "
-        f"MFU {plan['mfu'][1]:.0%} to {plan['mfu'][0]:.0%} (a bound; limited by {plan['limit']})"
+        f"MFU {plan['mfu'][1]:.0%} to {plan['mfu'][0]:.0%} (a bound; limited by {plan['limit']}){many}"
     )
 
 

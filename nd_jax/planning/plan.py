@@ -15,13 +15,16 @@ from nd_jax.planning.compiled import DoesNotFit, Reading, read_program, topology
 from nd_jax.planning.demand import Demand, demand
 from nd_jax.planning.programs import Systems, counted_parameters, recipe_program, sampling_calls
 from nd_jax.planning.splits import recipe_split
+from nd_jax.planning.sweeping import sweep_calls
 from nd_jax.planning.traced import traced_flops
 from nd_jax.recipes.preset import Preset
 from nd_jax.training.mesh import MeshConfig, batch_ways, make_mesh
 
 SPARE = 0.1
 """Share of a chip's memory that a fitting program leaves free."""
-GENERATE = "generate"
+GENERATE, SWEEP = "generate", "sweep"
+SWEEP_PROMPTS, SWEEP_CHUNK, SWEEP_BATCH = 16, 32, 8
+"""Prompts of a sweep, candidates of a device in a call and videos at a time, as its command has them."""
 KERNELS = (
     "part of flops_compiled that custom calls of splash attention compute; their text does not tell, so it is the "
     "formula for the tiles that the static mask leaves (2 products forward, 5 backward). flops_analytic has dense "
@@ -49,6 +52,8 @@ def plan_run(preset: Preset, name: str, topology: Topology, settings: Settings =
     devices = topology_devices(topology)
     if name == GENERATE:
         return _plan_sampling(preset, topology, settings, devices)
+    if name == SWEEP:
+        return _plan_sweep(preset, topology, settings, devices)
     preset = changed(preset, name, settings)
     systems = Systems.of(preset, settings.removed)
     probe = recipe_program(preset, name, make_mesh(MeshConfig(), jax.devices()[:1]), removed=settings.removed)
@@ -191,6 +196,55 @@ def _plan_sampling(preset: Preset, topology: Topology, settings: Settings, devic
         "programs": programs,
         "flops_analytic": analytic,
         **speed(total, settings.efficiency, ideal, 0, prompts),
+    }
+
+
+def _plan_sweep(preset: Preset, topology: Topology, settings: Settings, devices: list) -> dict[str, Any]:
+    """A chunk of candidates of the pruned size on every chip: the real programs' memory, and the time of programs that
+    run every candidate in full, so that what candidates share comes on top of the candidates a second."""
+    layers, batch = preset.system.diffusion_transformer.num_layers - settings.removed, settings.batch or SWEEP_BATCH
+    if not layers >= 1:
+        raise UserError(f"plan: {settings.removed} blocks removed; expected fewer than there are layers")
+    mesh, alone = make_mesh(MeshConfig(data=-1, fsdp=1), devices), make_mesh(MeshConfig(), jax.devices()[:1])
+    count = SWEEP_CHUNK * batch_ways(mesh)
+    options = {"layers": layers, "chunk": SWEEP_CHUNK, "prompts": SWEEP_PROMPTS, "batch": batch}
+    total, programs, analytic = Bounds(0, 0, 0), [], 0.0
+    singles = sweep_calls(preset, alone, **options)
+    for call, single in zip(sweep_calls(preset, mesh, **options), singles, strict=True):
+        what = f"{preset.name} sweep (stage {call.stage}) on {topology.name}, {SWEEP_CHUNK} candidates a chip"
+        real = read_program(what, jax.jit(call.function).lower(*call.arguments).compile, topology, mesh)
+        plain = read_program(what, jax.jit(call.plain).lower(*call.plain_arguments).compile, topology, mesh)
+        total += plain.bounds.times(call.times)
+        one = traced_flops(single.plain, *single.plain_arguments) * topology.chips
+        analytic += one * call.times
+        programs.append(
+            {
+                "program": f"stage {call.stage}",
+                "calls": call.times,
+                "flops_compiled": plain.flops * topology.chips,
+                "flops_analytic": one,
+                "wire_bytes": real.wire,
+                **_memory(real, topology),
+            }
+        )
+    most = max(programs, key=lambda each: each["argument_gib"] + each["temporary_gib"])
+    ideal = analytic / (topology.chip.flops * topology.chips)
+    return {
+        "preset": preset.name,
+        "run": SWEEP,
+        "topology": topology.name,
+        "chips": topology.chips,
+        "mesh": dict(mesh.shape),
+        "batch": batch,
+        "layers": layers,
+        "candidates": count,
+        "programs": programs,
+        "flops_analytic": analytic,
+        "flops_compiled": sum(each["flops_compiled"] * each["calls"] for each in programs),
+        **{name: most[name] for name in ("argument_gib", "temporary_gib", "peak_gib", "hbm_gib", "fits_with_spare")},
+        "wire_bytes": most["wire_bytes"],
+        **speed(total, settings.efficiency, ideal, 0, count * SWEEP_PROMPTS),
+        "candidates_per_second": [count / t for t in (total.overlapped, total.serial)],
     }
 
 

@@ -250,7 +250,7 @@ def sampling_calls(preset: Preset, network: MMDiTConfig, mesh: Mesh, prompts: in
         return Abstract(shape, dtype, sharding=split)
 
     params, calls = on_mesh(denoiser.abstract()), []
-    for stage, envelope in enumerate(_envelopes(preset, units)):
+    for stage, envelope in enumerate(envelopes_of(preset, units)):
         guided = any(w not in (0.0, 1.0) for w in (plan.first_guidance, plan.later_guidance))
         rows = prompts * (2 if guided else 1)
 
@@ -280,7 +280,8 @@ def sampling_calls(preset: Preset, network: MMDiTConfig, mesh: Mesh, prompts: in
     return calls
 
 
-def _envelopes(preset: Preset, units: int) -> tuple:
+def envelopes_of(preset: Preset, units: int) -> tuple:
+    """Of every stage, for videos of so many latent frames."""
     patch = preset.system.diffusion_transformer.patch_size
     _, height, width = preset.latent_size
     return envelopes(

@@ -5,7 +5,8 @@
 Random sets of N blocks (default: a quarter) and the remove-one sets, each scored on the same calls. Rivals:
 "indexed": a compiled K-block program for each stage, fed with the weights of one candidate after the other, gathered by
 another compiled program; "built": ``remove_blocks`` and a new ``jax.jit`` for each (a few are enough). Both are given
-the whole denoiser's velocities. All results are compared, and the sweep's time is also taken for half the candidates.
+the whole denoiser's velocities. Then every head alone, gated in one program, beside a compiled gated network fed with
+one after the other. All results are compared, and the sweep's time is also taken for half the candidates.
 """
 
 import argparse
@@ -25,16 +26,18 @@ from nd_jax.pyramid.sampler import twice
 from nd_jax.recipes.pruning import kept_blocks, remove_blocks
 from nd_jax.sweep.calibration import record
 from nd_jax.sweep.population import Population
+from nd_jax.sweep.units import Units
 from nd_jax.system import load_system
 from nd_jax.training.mesh import MeshConfig, make_mesh
 
 
-def run_velocity(denoiser, envelope, params, conditions, inputs, *, guided):
+def run_velocity(denoiser, envelope, params, conditions, inputs, *, guided, gates=None):
     z, timestep, history, unit = inputs
     if guided:
         z, timestep, history = twice(z), twice(timestep), tuple(map(twice, history))
     layout = layout_arrays(envelope, unit, conditions.mask)
-    return denoiser(params, [(*history, z)], conditions.text, conditions.pooled, timestep, [layout])[0]
+    arguments = [(*history, z)], conditions.text, conditions.pooled, timestep, [layout]
+    return denoiser(params, *arguments, gates=gates)[0]
 
 
 def main():
@@ -126,6 +129,28 @@ def main():
         n = len(drops)
         print(f"{name}: sweep {n / a:.2f}/s, indexed {n / b:.2f}/s, built {1 / c:.3f}/s")
         print(f"  sweep over indexed {b / a:.2f}x, over built {c * n / a:.1f}x")
+    heads = Units(system.config.diffusion_transformer, "heads")
+    gated = Population(system, generator.envelopes, calibration, units=heads, mesh=mesh, chunk=len(heads))
+    single = [(k,) for k in range(len(heads))]
+    run = jax.jit(
+        lambda p, c, i, w, g, stage: jnp.mean(jnp.square(gated_velocity(stage, p, c, i, g) - w)), static_argnums=5
+    )
+
+    def gated_velocity(stage, p, c, i, gates):
+        return run_velocity(denoiser, generator.envelopes[stage], p, c, i, guided=guided, gates=gates)
+
+    def one_by_one(drops):
+        found = []
+        for drop in drops:
+            gates = heads.gates(drop)
+            found.append(
+                [run(params, conditions, i, w, gates, call.stage) for (call, i), w in zip(calls, whole, strict=True)]
+            )
+        return np.array([by_level(errors) for errors in found])
+
+    np.testing.assert_allclose(gated(single).mean(axis=(1, 2)), one_by_one(single), rtol=1e-3, atol=1e-9)
+    a, b = best(gated, single), best(one_by_one, single)
+    print(f"each of {len(single)} heads gated off: sweep {len(single) / a:.2f}/s, one by one {len(single) / b:.2f}/s")
     half, once = best(swept, chosen[: len(chosen) // 2]), best(swept, chosen)
     print(f"{len(chosen)} candidates take {once / half:.2f}x the time of {len(chosen) // 2}")
     print(f"programs compiled by the sweep: {population.compilations} for {len(generator.envelopes)} stages")
