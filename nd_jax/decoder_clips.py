@@ -13,10 +13,10 @@ from nd_jax.data.clips import read_video
 from nd_jax.data.mixture import Mixture
 from nd_jax.data.videos import bucket_of
 from nd_jax.data.windows import ClipSource, WindowSource
+from nd_jax.datasets import open_data, read_record
 from nd_jax.errors import UserError
 from nd_jax.models.codec_config import CodecConfig
 from nd_jax.recipes.preset import DecoderRun, Preset
-from nd_jax.workflow import open_data, read_record
 
 SHARES = (3, 1)
 """Of clips of a dataset and of windows of video files, where there are both."""

@@ -13,6 +13,7 @@ from nd_jax.converters.component import load_component, save_component
 from nd_jax.converters.folders import load_folder
 from nd_jax.converters.safetensors_io import TensorFile
 from nd_jax.data.buckets import Size
+from nd_jax.datasets import open_data
 from nd_jax.decoder_clips import SHARES, held_out_clips, training_source
 from nd_jax.decoder_report import compare_decoders, encode, write_figures
 from nd_jax.errors import UserError
@@ -32,7 +33,7 @@ from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.loop import Outcome, train
 from nd_jax.training.mesh import make_mesh
 from nd_jax.training.paths import named_leaves
-from nd_jax.workflow import open_data, process_batches
+from nd_jax.workflow import process_batches
 
 FIT_CLIPS = 24
 """Clips that the coarse start is fitted to."""

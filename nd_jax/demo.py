@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from nd_jax import decoder_workflow, text_workflow, workflow
+from nd_jax import datasets, decoder_workflow, text_workflow, workflow
 from nd_jax.converters.component import load_component
 from nd_jax.converters.folders import load_folder
 from nd_jax.data.captions import corpus
@@ -98,8 +98,8 @@ def demo(
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
 
     # ---- data and codec
-    watch("draw the dataset", lambda: workflow.prepare_data(chosen, out / "data", clips=clips, seed=seed))
-    train = workflow.open_data(out / "data")
+    watch("draw the dataset", lambda: datasets.prepare_data(chosen, out / "data", clips=clips, seed=seed))
+    train = datasets.open_data(out / "data")
     teacher = load_system(preset)
     folder = load_folder(teacher.folder)
     codec, tokenizers = folder.components[CODEC], dict(folder.tokenizers)
@@ -108,13 +108,13 @@ def demo(
         "reconstruct clips",
         lambda: reconstructions(load_component(codec, "video_vae", dtype="fp32"), world, real, seed),
     )
-    captions = workflow.shapes_captions(train, seed=seed)
+    captions = datasets.shapes_captions(train, seed=seed)
     watch("encode the dataset", lambda: workflow.encode_clips(codec, train, captions, out / "latents"))
 
     # ---- a teacher from nothing
-    plain = workflow.shapes_captions(train, plain=True)
+    plain = datasets.shapes_captions(train, plain=True)
     write_latents(out / "plain", [LatentSource(out / "latents").latents], plain, overwrite=True)
-    fresh = workflow.prepare_tokenizers(small, corpus(seed=seed), out / "data" / "tokenizers")
+    fresh = datasets.prepare_tokenizers(small, corpus(seed=seed), out / "data" / "tokenizers")
     novice = watch(
         "train a teacher from nothing",
         lambda: finished(

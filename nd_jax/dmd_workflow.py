@@ -15,6 +15,7 @@ from nd_jax.data.caption_source import CaptionSource
 from nd_jax.data.prompt_source import PromptSource
 from nd_jax.data.shard_sources import open_latents
 from nd_jax.data.world import world_named
+from nd_jax.datasets import tfds_quiet
 from nd_jax.errors import UserError
 from nd_jax.models.system import DENOISER, Conditions
 from nd_jax.pyramid.sampler import SamplePlan
@@ -27,7 +28,7 @@ from nd_jax.recipes.progressive import ProgressiveRecipe
 from nd_jax.recovery_workflow import different_parts
 from nd_jax.system import VideoSystem
 from nd_jax.training.loop import Outcome
-from nd_jax.workflow import tfds_quiet, train_flow
+from nd_jax.workflow import train_flow
 
 RECIPES: dict[type, type[FewStepRecipe]] = {
     DmdRun: DmdRecipe,

@@ -19,6 +19,7 @@ from nd_jax.data.shard_sources import open_features
 from nd_jax.data.text_features import write_features
 from nd_jax.data.tokenizers import TextTokenizer
 from nd_jax.data.world import WORLDS
+from nd_jax.datasets import tfds_quiet
 from nd_jax.errors import UserError
 from nd_jax.models.context_adapter import ContextAdapterConfig
 from nd_jax.models.functional import Params
@@ -34,7 +35,6 @@ from nd_jax.training.hooks import sharding_hooks
 from nd_jax.training.loop import Outcome, train
 from nd_jax.training.mesh import make_mesh
 from nd_jax.training.sharding import param_shardings
-from nd_jax.workflow import tfds_quiet
 
 
 def prompt_source(run: TextDistillRun, folders: Sequence[str | Path] = (), *, split: str = "train") -> PromptSource:

@@ -18,12 +18,12 @@ from nd_jax.data.shard_sources import open_latents
 from nd_jax.data.tokenizers import load_tokenizers
 from nd_jax.data.video_folder import FolderOptions, Survey, survey
 from nd_jax.data.videos import changed, prepare
+from nd_jax.datasets import RECORD, open_data, prepare_tokenizers, read_record, tfds_quiet
 from nd_jax.errors import UserError
 from nd_jax.evaluate import Reconstruction, reconstruct
 from nd_jax.generate import check_size
 from nd_jax.outputs import new_file
 from nd_jax.recipes.preset import Preset
-from nd_jax.workflow import RECORD, open_data, prepare_tokenizers, read_record, tfds_quiet
 
 Progress = Callable[[str, int, int], None]
 """Takes what is being done, how many clips are done, and of how many."""

@@ -10,8 +10,8 @@ import tensorflow_datasets as tfds
 
 from nd_jax.data.checked_records import CheckedSource, new_builder
 from nd_jax.data.shapes import Builder, config_for, open_split
+from nd_jax.datasets import open_data
 from nd_jax.errors import UserError
-from nd_jax.workflow import open_data
 
 RECORD = {"world": "64x64", "clips": 12, "seed": 3}
 SETTINGS = {"seed": 3, "train": 12, "evaluate": 12}

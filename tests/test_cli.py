@@ -394,7 +394,7 @@ def test_the_module_is_the_command(monkeypatch):
 
 def test_data_prepare_is_quiet_and_whole(run, refused, tmp_path):
     from nd_jax.data.tokenizers import load_tokenizers
-    from nd_jax.workflow import open_data, shapes_captions
+    from nd_jax.datasets import open_data, shapes_captions
 
     out = tmp_path / "data"
     code, printed, err = run("data", "prepare", "shapes_tiny", "--out", out, "--clips", 6, "--seed", 2)

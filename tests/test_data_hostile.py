@@ -13,8 +13,8 @@ from small_dataset import RECORD, SHARD, inner, refused, train_split, write_data
 from tensorflow_datasets.proto import tf_example_pb2
 
 from nd_jax.data.checked_records import unpack
+from nd_jax.datasets import open_data
 from nd_jax.errors import UserError
-from nd_jax.workflow import open_data
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from nd_jax.data import checked_records
 from nd_jax.data.pipeline import batches
 from nd_jax.data.record_chunks import BLOCK, record_chunks
 from nd_jax.data.shapes import open_split, prepare
+from nd_jax.datasets import open_data
 from nd_jax.errors import UserError
-from nd_jax.workflow import open_data
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from nd_jax.data.clips import Limits, example_clips, read_video
 from nd_jax.data.folder_listing import scan
 from nd_jax.data.timeline import read_picks, read_timeline, resample, window_starts
 from nd_jax.data.video_folder import FolderOptions, held_out, survey
+from nd_jax.datasets import tfds_quiet
 from nd_jax.errors import UserError
-from nd_jax.workflow import tfds_quiet
 
 OPTIONS = FolderOptions(sizes=((32, 32), (32, 64)), frames=9, heldout=0.0)
 

@@ -12,7 +12,7 @@ import pytest
 import tiny_system
 from folder_clips import ramp, write_clip
 
-from nd_jax import cli, video_folders, workflow
+from nd_jax import cli, datasets, video_folders, workflow
 from nd_jax.data.clips import example_clips
 from nd_jax.data.latents import LatentSource
 from nd_jax.data.video_folder import FolderOptions
@@ -21,6 +21,7 @@ from nd_jax.models.system import DENOISER
 from nd_jax.recipes.codec import CodecRecipeConfig
 from nd_jax.recipes.flow_matching import FlowRecipeConfig
 from nd_jax.recipes.preset import CodecRun, FlowRun, Preset, VideoConfig, load_preset
+from nd_jax.system import TOKENIZERS
 from nd_jax.training.loop import LoopConfig
 from nd_jax.training.mesh import make_mesh
 
@@ -59,7 +60,7 @@ def flow(name, data, latents, codec, out, **options):
         out,
         latents=latents,
         codec_folder=codec,
-        tokenizers={name: data / "tokenizers" / name for name in workflow.TOKENIZERS.values()},
+        tokenizers={name: data / "tokenizers" / name for name in TOKENIZERS.values()},
         quiet=True,
         **options,
     )
@@ -86,7 +87,7 @@ def test_a_few_steps_on_real_clips(one_device, tiny, tiny_folder, tmp_path):
         ("carphone_pristine.mp4", "heldout", 2),
     ]
 
-    clips, codec = workflow.open_data(data), tiny_folder / "system" / "causal_video_vae"
+    clips, codec = datasets.open_data(data), tiny_folder / "system" / "causal_video_vae"
     captions = video_folders.folder_captions(clips)
     named = {clips[n]["file"].decode().removesuffix(".mp4"): captions[n] for n in range(len(clips))}
     assert named == {"bikes": CAPTIONS["bikes"], "bigbuckbunny": 2 * CAPTIONS["bigbuckbunny"]}
@@ -192,7 +193,7 @@ def test_everything_from_nothing(one_device, folder, tmp_path):
     """The codec, the text encoders and the denoiser, all trained on a folder's clips alone."""
     data, options = tmp_path / "data", FolderOptions(sizes=((32, 64),), frames=9, heldout_names=("b.mp4",))
     video_folders.prepare_folder(PRESET, folder, data, options)
-    clips, out = workflow.open_data(data), tmp_path / "codec"
+    clips, out = datasets.open_data(data), tmp_path / "codec"
     assert workflow.train_codec(PRESET, PRESET.run("codec"), out, clips=clips, quiet=True).step == 2
     assert video_folders.codec_on_folder(out / "codec", data).names == ["b.mp4 at 0.25 s"]
     latents = workflow.encode_clips(out / "codec", clips, video_folders.folder_captions(clips), tmp_path / "latents")

@@ -33,8 +33,8 @@ def data_prepare(
     check_at_least(0, seed=seed)
     check_new(out, overwrite=overwrite)
     from nd_jax.data.captions import corpus
+    from nd_jax.datasets import prepare_data, prepare_tokenizers
     from nd_jax.recipes.preset import load_preset
-    from nd_jax.workflow import prepare_data, prepare_tokenizers
 
     chosen = load_preset(preset)
     if world is not None:
@@ -71,9 +71,10 @@ def data_latents(
     check_at_least(0, seed=seed)
     check_new(out, overwrite=overwrite)
     from nd_jax.data.buckets import parse_size
+    from nd_jax.datasets import open_data, shapes_captions
     from nd_jax.system import codec_folder
     from nd_jax.video_folders import encode_batch, folder_captions, has_changed, is_own_clips
-    from nd_jax.workflow import encode_clips, open_data, shapes_captions
+    from nd_jax.workflow import encode_clips
 
     size = None if bucket is None else parse_size(bucket)
     clips = open_data(data, size=size)

@@ -73,12 +73,12 @@ def data_precompute(
     from nd_jax.data.captions_file import SKIPPED
     from nd_jax.data.prompt_source import PromptSource
     from nd_jax.data.video_folder import FolderOptions
+    from nd_jax.datasets import tfds_quiet
     from nd_jax.precompute import begin, finish
     from nd_jax.precompute_beam import run_pipeline
     from nd_jax.precompute_networks import Job
     from nd_jax.recipes.preset import load_preset
     from nd_jax.video_folders import check_sizes
-    from nd_jax.workflow import tfds_quiet
 
     chosen = load_preset(preset)
     video = chosen.video

@@ -45,7 +45,7 @@ def data_prompts(
     from nd_jax.data.captions_file import SKIPPED, write_skipped
     from nd_jax.data.prompt_files import PromptFile
     from nd_jax.data.prompt_packages import PackagePrompts
-    from nd_jax.workflow import tfds_quiet
+    from nd_jax.datasets import tfds_quiet
 
     corpora: list[prompts.Corpus] = [PromptFile(path) for path in files]
     if packages:

@@ -75,12 +75,12 @@ def train(preset: str, run: str, options: Options) -> int:
 def _train_codec(preset: Preset, run: str, options: CodecOptions) -> tuple[Any, Path]:
     if bool(options.videos) == (options.data is not None):
         raise UserError(f"train {preset.name} {run}: expected either --data FOLDER or --videos FILE ...")
-    from nd_jax import workflow
+    from nd_jax import datasets, workflow
     from nd_jax.data.buckets import parse_size
 
     size = None if options.bucket is None else parse_size(options.bucket)
     usual = (preset.video.height, preset.video.width)
-    clips = None if options.data is None else workflow.open_data(options.data, size=size, prefer=usual)
+    clips = None if options.data is None else datasets.open_data(options.data, size=size, prefer=usual)
     outcome = workflow.train_codec(preset, options.settings, options.out, clips=clips, videos=options.videos)
     return outcome, options.out / "codec"
 

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from nd_jax import workflow
+from nd_jax import datasets, workflow
 from nd_jax.converters.component import save_component
 from nd_jax.data.captions import corpus
 from nd_jax.data.latents import write_latents
@@ -209,7 +209,7 @@ def prepare(preset, run, folder):
     for index in range(len(run.recipe.size_mix)):
         shape = (CLIPS, frames, height, width * (1 + index), preset.system.diffusion_transformer.in_channels)
         latents.append(write_latents(folder / f"latents_{index}", [rng.standard_normal(shape, np.float32)], texts))
-    tokenizers = workflow.prepare_tokenizers(preset, captions, folder / "tokenizers")
+    tokenizers = datasets.prepare_tokenizers(preset, captions, folder / "tokenizers")
     return {"latents": latents, "codec_folder": folder / "codec", "tokenizers": tokenizers}
 
 
