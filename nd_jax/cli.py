@@ -95,9 +95,13 @@ SUMMARIES = {
 }
 
 
-def usage() -> str:
+HELP = ("-h", "--help", "help")
+
+
+def usage(group: str | None = None) -> str:
+    """All verbs, or those that begin with the word ``group``."""
     width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {SUMMARIES[verb]}" for verb in VERBS]
+    lines = [f"  {verb:<{width}}  {SUMMARIES[verb]}" for verb in VERBS if group in (None, verb.split()[0])]
     return (
         "usage: nd-jax VERB [options]   (nd-jax VERB --help lists a verb's options with defaults and units)\n\n"
         + "\n".join(lines)
@@ -210,8 +214,12 @@ def run(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, telling what went wrong in one line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in HELP:
         print(usage())
+        return 0
+    groups = {verb.split()[0] for verb in VERBS} - VERBS.keys()
+    if arguments[0] in groups and arguments[1:] and arguments[1] in HELP:
+        print(usage(arguments[0]))
         return 0
     try:
         return run(arguments)

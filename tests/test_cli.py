@@ -40,6 +40,14 @@ def test_help_without_a_verb(run):
     assert set(cli.SUMMARIES) == set(cli.VERBS)
 
 
+def test_help_of_a_group_lists_its_verbs_only(run):
+    code, out, _ = run("prune", "--help")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()[2:]] == [
+        verb.split() for verb in cli.VERBS if verb.startswith("prune ")
+    ]
+
+
 def test_help_of_train_lists_presets_and_runs(run):
     for arguments in (["train", "--help"], ["train", "shapes_tiny", "--help"]):
         code, out, _ = run(*arguments)

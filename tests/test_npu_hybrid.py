@@ -37,6 +37,7 @@ from nd_jax.parts import FolderParts
 from nd_jax.pyramid.lcm import LCMSchedule
 from nd_jax.system import folder_defaults, load_system
 
+pytestmark = pytest.mark.heavy
 PROMPT, SEED = "a small red circle moves right on white", 3
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("circle", "cross", "square", "disc")]
 
@@ -171,18 +172,18 @@ def test_quantised_first_frames(bundle):
 
 
 def test_a_unet_on_latents_of_one_size(pipeline, tmp_path):
-    """As a trained one sees them; 16-bit weights reach the paper's figure, which 8 bits of so few channels miss."""
+    """As a trained one sees them; ranges of fewer draws would cut off the means of small groups."""
     source, rng = pipeline.bundle.model("unet", "fp32"), np.random.Generator(np.random.Philox(0))
     shapes = pipeline.bundle.graph("unet")["inputs"]
-    runs = [{name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()} for _ in range(6)]
-    ranges, session = value_ranges(source, runs[:4]), open_session(source)
-    expected = np.stack([run_session(session, run)["noise"] for run in runs[4:]])
-    for kind, least in (("int8", 25), ("int16", GOALS["unet"])):
+    runs = [{name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()} for _ in range(14)]
+    ranges, session = value_ranges(source, runs[:12]), open_session(source)
+    expected = np.stack([run_session(session, run)["noise"] for run in runs[12:]])
+    for kind, least in (("int8", GOALS["unet"]), ("int16", 50)):
         target = tmp_path / f"{kind}.onnx"
         with DataFile(tmp_path / f"{kind}.data") as data:
             quantise_graph(source, target, data, ranges, {"*": kind})
         session = open_session(target)
-        assert snr(expected, np.stack([run_session(session, run)["noise"] for run in runs[4:]])) >= least, kind
+        assert snr(expected, np.stack([run_session(session, run)["noise"] for run in runs[12:]])) >= least, kind
 
 
 @pytest.mark.parametrize(("count", "after"), [(4, [999, 749, 499, 249]), (1, [999]), (2, [999, 499])])
@@ -233,7 +234,6 @@ def test_networks_that_are_missing(hybrid, tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.heavy
 def test_the_commands(bundle, hybrid, tmp_path, run):
     from nd_jax.data.clips import read_video
 

@@ -33,6 +33,7 @@ def bundle(system, tmp_path_factory):
     return build_bundle(system, tmp_path_factory.mktemp("npu") / "bundle", check=False)
 
 
+@pytest.mark.heavy
 def test_pairs_and_goes_on(bundle, system, tmp_path, monkeypatch):
     """An interrupted judgement and its rest give what one without interruption gives; nothing is made twice."""
     monkeypatch.setattr(npu_judge, "BATCH", 2)

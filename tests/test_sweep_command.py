@@ -13,6 +13,7 @@ import pytest
 import tiny_system
 
 from nd_jax import cli
+from nd_jax.converters.bundle.targets import TARGETS
 from nd_jax.converters.folders import load_folder
 from nd_jax.errors import UserError
 from nd_jax.influence import generator_of
@@ -80,7 +81,9 @@ def test_a_stopped_sweep_is_gone_on_with(folder, tmp_path, capsys):
     assert told.out.split() == [str(k) for k in best]
     assert f"--drop {best[0]} {best[1]}" in told.err
     html = (out / "report.html").read_text()
-    assert html.count("image/svg+xml") == 3 + 3 + 4, "two maps and pairs; parameters, operations, bytes; four chips"
+    assert html.count("image/svg+xml") == 3 + 3 + len(TARGETS), (
+        "two maps and pairs; parameters, operations, bytes; chips"
+    )
     assert "Interaction of pairs" in html
     assert "Judged accuracy of short generations" in html
     finalists = told.err.count("judged accuracy ")

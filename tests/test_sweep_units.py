@@ -188,6 +188,7 @@ def test_costs_are_those_of_the_networks(generator):
     assert model["heads"].count("macs", 0.9 * whole.macs) > 0
 
 
+@pytest.mark.heavy
 def test_taylor_scores_are_second_differences(system, generator, calibration):
     """At small changes the formula is exact; here one gate at a time is moved a little. Directions along every entry of
     the velocity give the expectation itself, random ones come near it."""

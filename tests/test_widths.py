@@ -91,6 +91,7 @@ def test_fitting_brings_the_velocity_nearer(system, generator, calibration):  # 
     assert errors[1] < 0.7 * errors[0]
 
 
+@pytest.mark.heavy
 def test_sizes_for_a_budget(generator):  # noqa: F811
     """The costs are the networks' own; of what fits, the least important goes."""
     cost = width_costs(generator)
