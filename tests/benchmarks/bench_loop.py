@@ -206,8 +206,9 @@ def prepare(preset, run, folder):
     frames, height, width = preset.latent_size
     texts = [captions[n::CLIPS][:CAPTIONS_PER_CLIP] for n in range(CLIPS)]
     latents = []
-    for index in range(len(run.recipe.size_mix)):
-        shape = (CLIPS, frames, height, width * (1 + index), preset.system.diffusion_transformer.in_channels)
+    for index, _ in enumerate(run.recipe.size_mix):
+        objects = 2 if 0 < index == len(run.recipe.size_mix) - 1 else 1  # the last share is the wider world's
+        shape = (CLIPS, frames, height, width * objects, preset.system.diffusion_transformer.in_channels)
         latents.append(write_latents(folder / f"latents_{index}", [rng.standard_normal(shape, np.float32)], texts))
     tokenizers = datasets.prepare_tokenizers(preset, captions, folder / "tokenizers")
     return {"latents": latents, "codec_folder": folder / "codec", "tokenizers": tokenizers}
