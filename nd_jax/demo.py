@@ -75,7 +75,7 @@ def demo(
     scratch: str = "shapes_tiny",
     scale: float = 1.0,
     clips: int = 1024,
-    prompts: int = 48,
+    prompts: int = 32,
     seed: int = 0,
 ) -> None:
     """The whole chain, small, ending in report.html.
