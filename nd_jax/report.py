@@ -70,7 +70,7 @@ class Curves:
         for place, (name, lines) in enumerate(self.panels.items(), start=1):
             axis = figure.add_subplot(rows, columns, place)
             for label, (xs, ys) in lines.items():
-                axis.plot(xs, ys, label=label, linewidth=1.4)
+                axis.plot(xs, ys, label=label, linewidth=1.4, marker="o" if len(xs) == 1 else None)
             axis.set(title=name, xlabel=self.x_label)
             if name not in self.linear:
                 axis.set_yscale("log")
