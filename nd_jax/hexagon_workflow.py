@@ -7,43 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from skimage.metrics import peak_signal_noise_ratio
 
 from nd_jax.converters.bundle.calibration import record
 from nd_jax.converters.bundle.targets import Target
 from nd_jax.converters.hexagon import vectors
 from nd_jax.converters.hexagon.compile import workspace
-from nd_jax.converters.hexagon.emulate import emulate_videos, psnr
+from nd_jax.converters.hexagon.emulate import emulate_videos
 from nd_jax.converters.hexagon.section import KEY, change_manifest, put
 from nd_jax.converters.runtime.manifest import Bundle
 from nd_jax.converters.runtime.pipeline import Pipeline
 from nd_jax.converters.runtime.video import write_video
 from nd_jax.data import judge
-from nd_jax.data.source import prompts as world_prompts
 from nd_jax.data.world import world_named
-from nd_jax.errors import UserError
 
 Say = Callable[[str], None]
-
-
-def lines_and_labels(
-    bundle: Bundle, path: Path | None, count: int, *, seed: int
-) -> tuple[list[str], np.ndarray | None]:
-    """Prompts from a file, or captions of the shapes world with what they name, for a bundle of its size.
-
-    Raises UserError where there are fewer than ``count``.
-    """
-    from nd_jax.commands.generate import read_prompts
-
-    world, size = world_named("64x64"), (bundle["video"]["height"], bundle["video"]["width"])
-    if path is not None:
-        lines = [line for line in read_prompts((), path) if line.strip()]
-        if len(lines) < count:
-            raise UserError(f"npu: {path} has {len(lines)} prompts; expected at least {count}")
-        return lines[:count], None
-    if size != (world.height, world.width):
-        raise UserError(f"npu: videos of {size[0]}x{size[1]}; expected --prompts FILE with at least {count} lines")
-    lines, labels = world_prompts(world, "seen", count, seed=seed + 1)
-    return lines, labels
 
 
 def has_vectors(bundle: Bundle) -> bool:
@@ -82,7 +60,7 @@ def judged_videos(
     found: dict[str, Any] = {
         "videos": len(lines),
         "seconds": seconds,
-        "psnr_to_cpu": [psnr(a, b) for a, b in zip(cpu, made, strict=True)],
+        "psnr_to_cpu": [_psnr(a, b) for a, b in zip(cpu, made, strict=True)],
         "pixel_error": round(float(np.abs(np.asarray(made, np.int16) - np.asarray(cpu)).mean()), 4),
     }
     if labels is not None:
@@ -100,3 +78,9 @@ def judged_videos(
                 )
     say(f"{target.name}: {len(lines)} videos in the emulator, {seconds:.0f} s")
     return found
+
+
+def _psnr(reference: np.ndarray, found: np.ndarray) -> float:
+    """In dB, at most 99."""
+    with np.errstate(divide="ignore"):
+        return round(min(99.0, float(peak_signal_noise_ratio(reference, found, data_range=255))), 2)

@@ -18,7 +18,7 @@ from nd_jax.models.mmdit_config import MMDiTConfig
 from nd_jax.models.system import DENOISER
 from nd_jax.recipes.widths import Kept, highest, narrow
 from nd_jax.sweep.calibration import record
-from nd_jax.sweep.costs import Cost, CostModel, Part, cost_model
+from nd_jax.sweep.costs import Cost, Part, cost_model
 from nd_jax.sweep.gradients import taylor
 from nd_jax.sweep.moments import inner_moments
 from nd_jax.sweep.units import Units
@@ -148,19 +148,17 @@ def width_costs(generator: Generator) -> Callable[[tuple[int, int, int]], Cost]:
     """What a denoiser costs whose blocks have so many heads and hidden channels: exact, since counts are linear in
     them."""
     config = generator.system.config.diffusion_transformer
-    models: dict[str, CostModel] = {kind: cost_model(generator, Units(config, kind)) for kind in ("heads",)}
     slices = math.gcd(config.mlp_channels, config.text_mlp_channels)
-    mlp = Units(config, "mlp", slices)
-    models["mlp"] = cost_model(generator, mlp)
+    heads_of, mlp_of = Units(config, "heads"), Units(config, "mlp", slices)
+    model = cost_model(generator, heads_of)
     nothing = Part(0, 0, 0, np.zeros(len(generator.envelopes)))
     head, image, text = nothing, nothing, nothing
-    for place, piece in zip(Units(config, "heads").places, models["heads"].pieces, strict=True):
+    for place, piece in zip(heads_of.places, model.pieces, strict=True):
         head = head.plus(piece, 1.0 if place[1] == 0 else 0.0)
-    for place, piece in zip(mlp.places, models["mlp"].pieces, strict=True):
+    for place, piece in zip(mlp_of.places, cost_model(generator, mlp_of).pieces, strict=True):
         first = 1.0 if place[2] == 0 else 0.0
         image = image.plus(piece, first * slices / config.mlp_channels if place[1] == IMAGE else 0.0)
         text = text.plus(piece, first * slices / config.text_mlp_channels if place[1] != IMAGE else 0.0)
-    model = models["heads"]
 
     def cost(sizes: tuple[int, int, int]) -> Cost:
         heads, channels, text_channels = sizes

@@ -33,17 +33,17 @@ def activation_encoding(low: float, high: float, dtype: type = np.uint16) -> Enc
 
 
 def weight_encoding(
-    weight: Float[np.ndarray, "*shape"], axis: int, dtype: type = np.int8, bias: Float[np.ndarray, " c"] | None = None
+    weight: Float[np.ndarray, "*shape"], axis: int, bias: Float[np.ndarray, " c"] | None = None
 ) -> Encoding:
-    """Symmetric, one scale for every index along ``axis``: the largest magnitude becomes 127 (or 32767).
+    """Symmetric, one scale for every index along ``axis``: the largest magnitude becomes 127.
 
     A channel that is all bias gets a larger scale, at which its ``bias`` can be told.
     """
     others = tuple(k for k in range(weight.ndim) if k != axis)
-    scale = np.abs(weight).max(axis=others).astype(np.float64) / np.iinfo(dtype).max
+    scale = np.abs(weight).max(axis=others).astype(np.float64) / np.iinfo(np.int8).max
     least = np.zeros_like(scale) if bias is None else np.abs(bias) / ROOM
     scale = np.maximum(scale, np.maximum(least, LEAST_SCALE)).astype(np.float32)
-    return Encoding(scale, np.zeros(scale.shape, dtype), axis)
+    return Encoding(scale, np.zeros(scale.shape, np.int8), axis)
 
 
 def quantise(x: Float[np.ndarray, "*shape"], encoding: Encoding) -> Int[np.ndarray, "*shape"]:

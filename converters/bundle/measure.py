@@ -34,18 +34,24 @@ def split_snr(
     session: onnxruntime.InferenceSession,
     runs: Iterable[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]],
 ) -> float:
-    """``20 log10(|ref| / |ref - got|)`` in dB over all runs (inputs, float32 outputs) and the outputs that count.
+    """``outputs_snr`` of a session over runs (inputs, float32 outputs)."""
+    return outputs_snr(name, ((reference, run_session(session, inputs)) for inputs, reference in runs))
+
+
+def outputs_snr(name: str, pairs: Iterable[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]) -> float:
+    """``20 log10(|ref| / |ref - found|)`` in dB over all pairs (reference, found) and the outputs that count; infinite
+    for equal ones.
 
     States that a decoder only hands on, and values of one output, are weighed as they are: by their squares.
     """
     signal = error = 0.0
-    for inputs, reference in runs:
-        found = run_session(session, inputs)
+    for reference, found in pairs:
         for key in counted(name, reference):
             expected, got = np.asarray(reference[key], np.float64), np.asarray(found[key], np.float64)
             signal += float(np.square(expected).sum())
             error += float(np.square(expected - got).sum())
-    return float("inf") if not error else 10 * float(np.log10(signal / error))
+    with np.errstate(divide="ignore"):
+        return float("inf") if not error else 10 * float(np.log10(signal / error))
 
 
 def counted(name: str, outputs: Mapping[str, np.ndarray]) -> list[str]:

@@ -17,13 +17,13 @@ import onnx
 from onnx import numpy_helper
 
 from nd_jax.converters.bundle.encodings import Encoding, quantise, weight_encoding
+from nd_jax.converters.bundle.quantise import CHANNEL_AXIS
 from nd_jax.errors import UserError
 
 Method = Literal["adaround", "seqmse"]
 Rounded = Mapping[str, tuple[np.ndarray, Encoding]]
 """Integers and encoding of weights by name."""
 CONFIG = "htp_quantsim_config_v79_per_channel_linear.json"
-AXES = {"Conv": 0, "Gemm": 1, "MatMul": 1}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def rounded_weights(path: Path, runs: Iterable[Mapping[str, np.ndarray]], roundi
     aimet, model = check_aimet(), onnx.load(path)
     inputs = [{name: np.ascontiguousarray(x, np.float32) for name, x in run.items()} for run in runs]
     before = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    nodes = {node.input[1]: node for node in model.graph.node if node.op_type in AXES and node.input[1] in before}
+    nodes = {
+        node.input[1]: node for node in model.graph.node if node.op_type in CHANNEL_AXIS and node.input[1] in before
+    }
     folder = Path(aimet.__file__).parent / "common" / "quantsim_config"
     sim = aimet.QuantizationSimModel(
         model, param_type="int8", activation_type="int16", config_file=str(folder / CONFIG), dummy_input=inputs[0]
@@ -70,7 +72,7 @@ def rounded_weights(path: Path, runs: Iterable[Mapping[str, np.ndarray]], roundi
         bias = before[node.input[2]] if len(node.input) > 2 else None
         if encodings:
             scale = np.array([each.delta for each in encodings], np.float32)
-            found[name] = combined(before[name], after[name], scale, AXES[node.op_type], bias)
+            found[name] = combined(before[name], after[name], scale, CHANNEL_AXIS[node.op_type], bias)
     return found
 
 

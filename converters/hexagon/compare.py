@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ import numpy as np
 
 from nd_jax.checked_files import parse_json, read_bytes
 from nd_jax.converters.bundle.targets import Target
-from nd_jax.converters.hexagon.emulate import outputs_snr
+from nd_jax.converters.hexagon.emulate import decibels
 from nd_jax.converters.hexagon.ends import flat
 from nd_jax.converters.hexagon.section import KEY, change_manifest, compiled
 from nd_jax.converters.hexagon.vectors import open_vectors, vectors_of
@@ -53,7 +52,7 @@ def compare(folder: Path, pulled: Path, target: Target, say: Callable[[str], Non
             references.append(expected)
             outputs.append({value: read_output(pulled, f"{name}/Result_{k}", value, x.shape)
                             for value, x in expected.items()})  # fmt: skip
-        told: dict[str, Any] = {"snr_to_fp32": outputs_snr(name, references, outputs), "vectors": len(references)}
+        told: dict[str, Any] = {"snr_to_fp32": decibels(name, references, outputs), "vectors": len(references)}
         times = timed.get(name) or read_profile(place)
         if times:
             told |= {"ms": round(statistics.median(times), 4), "runs": len(times)}
@@ -126,8 +125,3 @@ def read_profile(place: Path) -> list[float]:
             elif "root" in words or "netrun" in words:
                 found["call"].append(time)
     return found["accelerator"] or found["call"]
-
-
-def dumped(found: Mapping[str, Any]) -> str:
-    """JSON for scripts."""
-    return json.dumps(found, indent=1, sort_keys=True)

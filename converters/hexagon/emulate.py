@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nd_jax.converters.bundle.halves import half_session
-from nd_jax.converters.bundle.measure import counted
+from nd_jax.converters.bundle.measure import outputs_snr
 from nd_jax.converters.bundle.targets import Target
 from nd_jax.converters.graphs.session import open_session, run_session
 from nd_jax.converters.hexagon.jobs import run_worker
@@ -23,16 +23,9 @@ Outputs = list[Mapping[str, np.ndarray]]
 Say = Callable[[str], None]
 
 
-def outputs_snr(name: str, references: Outputs, found: Outputs) -> float:
-    """``20 log10(|ref| / |ref - found|)`` in dB over all vectors and the outputs that count, at most 999."""
-    signal = error = 0.0
-    for reference, other in zip(references, found, strict=True):
-        for key in counted(name, reference):
-            a, b = np.asarray(reference[key], np.float64), np.asarray(other[key], np.float64)
-            signal += float(np.square(a).sum())
-            error += float(np.square(a - b).sum())
-    with np.errstate(divide="ignore"):
-        return 999.0 if not error else round(min(10 * float(np.log10(signal / error)), 999.0), 2)
+def decibels(name: str, references: Outputs, found: Outputs) -> float:
+    """``outputs_snr`` for the manifest: rounded, at most 999."""
+    return round(min(outputs_snr(name, zip(references, found, strict=True)), 999.0), 2)
 
 
 def emulated(model: Path, number: int, runs: Sequence[Run], timeout: float, what: str) -> tuple[Outputs, float]:
@@ -87,9 +80,9 @@ def emulate_graphs(
         outputs, seconds = emulated(model, target.number, runs, timeout, f"emulate {name} for {target.name}")
         cpu, floats = on_cpu(bundle, name, entry["form"], runs), [reference for _, reference in runs]
         told = found[name] = {
-            "emulator_to_fp32": outputs_snr(name, floats, outputs),
-            "cpu_to_fp32": outputs_snr(name, floats, cpu),
-            "emulator_to_cpu": outputs_snr(name, cpu, outputs),
+            "emulator_to_fp32": decibels(name, floats, outputs),
+            "cpu_to_fp32": decibels(name, floats, cpu),
+            "emulator_to_cpu": decibels(name, cpu, outputs),
             "vectors": len(runs),
         }
 
@@ -128,9 +121,3 @@ def emulate_videos(
     if any(each.shape != shape or each.dtype != np.uint8 for each in made):
         raise UserError(f"videos for {target.name}: expected uint8 of {shape}, found {made[0].dtype} {made[0].shape}")
     return made, told["seconds"]
-
-
-def psnr(reference: np.ndarray, found: np.ndarray) -> float:
-    """Of uint8 videos, in dB, at most 99."""
-    error = float(np.square(reference.astype(np.float64) - found).mean())
-    return 99.0 if not error else round(min(99.0, 10 * float(np.log10(255**2 / error))), 2)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction
 
 from nd_jax.commands.console import check_at_least, say, warn
+from nd_jax.commands.generate import read_prompts
 from nd_jax.commands.npu import runtime_errors
+from nd_jax.errors import UserError
 from nd_jax.outputs import check_new
 
 Targets = Annotated[tuple[str, ...], UseAppendAction]
@@ -91,7 +93,7 @@ def npu_emulate(
         from nd_jax.converters.hexagon.extra import licence_line, require
         from nd_jax.converters.hexagon.section import compiled
         from nd_jax.converters.runtime.manifest import Bundle
-        from nd_jax.hexagon_workflow import has_vectors, judged_videos, lines_and_labels, need_vectors
+        from nd_jax.hexagon_workflow import has_vectors, judged_videos, need_vectors
 
         require()
         say(licence_line())
@@ -100,7 +102,7 @@ def npu_emulate(
             compiled(opened, each.name)
         lines, labels = [], None
         if videos or not has_vectors(opened):
-            lines, labels = lines_and_labels(opened, prompts, max(videos, 2), seed=seed)
+            lines, labels = _lines_and_labels(opened, prompts, max(videos, 2), seed=seed)
             need_vectors(opened, lines, seed=seed, say=say)
         for each in targets:
             found = emulate_graphs(
@@ -116,6 +118,26 @@ def npu_emulate(
                 )
                 print(json.dumps({"target": each.name, **judged}))
     print(bundle)
+
+
+def _lines_and_labels(bundle: Any, path: Path | None, count: int, *, seed: int) -> tuple[list[str], Any]:
+    """Prompts from a file, or captions of the shapes world with what they name, for a bundle of its size.
+
+    Raises UserError where there are fewer than ``count``.
+    """
+    from nd_jax.data.source import prompts as world_prompts
+    from nd_jax.data.world import world_named
+
+    world, size = world_named("64x64"), (bundle["video"]["height"], bundle["video"]["width"])
+    if path is not None:
+        lines = [line for line in read_prompts((), path) if line.strip()]
+        if len(lines) < count:
+            raise UserError(f"npu: {path} has {len(lines)} prompts; expected at least {count}")
+        return lines[:count], None
+    if size != (world.height, world.width):
+        raise UserError(f"npu: videos of {size[0]}x{size[1]}; expected --prompts FILE with at least {count} lines")
+    lines, labels = world_prompts(world, "seen", count, seed=seed + 1)
+    return lines, labels
 
 
 def npu_handover(

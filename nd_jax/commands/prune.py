@@ -17,19 +17,25 @@ from nd_jax.outputs import check_new, check_new_file, new_file
 Mode = Literal["monolithic", "hybrid"]
 
 
+def calibration_prompts(path: Path | None, count: int, *, seed: int, plain: bool) -> list[str]:
+    """The first ``count`` prompts of a file, or captions of the shapes world."""
+    from nd_jax.data.source import prompts as world_prompts
+    from nd_jax.data.world import world_named
+
+    if path is not None:
+        return read_prompts((), path)[:count]
+    return world_prompts(world_named("64x64"), "train", count, seed=seed, plain=plain)[0]
+
+
 def _measure(system: Any, measures: tuple[str, ...], options: Any) -> Any:
     """Block influence, and of the remove-one scores those in ``measures``."""
-    from nd_jax.data.source import prompts as world_prompts
     from nd_jax.data.world import world_named
     from nd_jax.importance_report import Importance
     from nd_jax.influence import block_influence, generator_of
     from nd_jax.remove_one import judged_accuracy, output_error
 
     world, seed = world_named("64x64"), options["seed"]
-    if options["prompt_file"] is not None:
-        captions = read_prompts((), options["prompt_file"])[: options["prompts"]]
-    else:
-        captions, _ = world_prompts(world, "train", options["prompts"], seed=seed, plain=options["plain"])
+    captions = calibration_prompts(options["prompt_file"], options["prompts"], seed=seed, plain=options["plain"])
     sampled = {"seed": seed, "samples": options["samples"], "batch": options["batch"]}
     generator = generator_of(system)
     if "judge" in measures and (generator.height, generator.width) != (world.height, world.width):

@@ -7,7 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional, UseAppendAction
 
 from nd_jax.commands.console import check_at_least, say
-from nd_jax.commands.prune import Mode
+from nd_jax.commands.prune import Mode, calibration_prompts
 
 
 def prune_correlate(
@@ -60,7 +60,6 @@ def prune_correlate(
 
     import numpy as np
 
-    from nd_jax.commands.generate import read_prompts
     from nd_jax.converters.folders import load_folder
     from nd_jax.data.source import prompts as world_prompts
     from nd_jax.data.world import world_named
@@ -93,10 +92,7 @@ def prune_correlate(
     folder, generator, world = load_folder(system.folder), generator_of(system), world_named("64x64")
     if judge and (generator.height, generator.width) != (world.height, world.width):
         raise UserError(f"correlate: the judge reads videos of {world.height}x{world.width}; leave --judge out")
-    if prompt_file is not None:
-        captions = read_prompts((), prompt_file)[:prompts]
-    else:
-        captions, _ = world_prompts(world, "train", prompts, seed=seed, plain=plain)
+    captions = calibration_prompts(prompt_file, prompts, seed=seed, plain=plain)
     calibration = record(generator, captions, seed=seed, batch=batch, steps=2)
     judged = None
     if judge:

@@ -9,8 +9,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from nd_jax.commands.console import check_at_least, progress_bar, say
-from nd_jax.commands.generate import read_prompts
-from nd_jax.commands.prune import Mode
+from nd_jax.commands.prune import Mode, calibration_prompts
 
 
 def prune_sweep(
@@ -115,10 +114,7 @@ def prune_sweep(
         bytes=budget_bytes,
         **{f"ms_{chip.name}": budget_ms},
     )
-    if prompt_file is not None:
-        captions = read_prompts((), prompt_file)[:prompts]
-    else:
-        captions, _ = world_prompts(world, "train", prompts, seed=seed, plain=plain)
+    captions = calibration_prompts(prompt_file, prompts, seed=seed, plain=plain)
     options = SweepOptions(
         count, candidates, seed, samples, steps, batch, chunk, evolve, units, slices, probes, gate_steps
     )

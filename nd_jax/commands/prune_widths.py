@@ -7,8 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from nd_jax.commands.console import check_at_least, say
-from nd_jax.commands.generate import read_prompts
-from nd_jax.commands.prune import Mode
+from nd_jax.commands.prune import Mode, calibration_prompts
 from nd_jax.errors import UserError
 from nd_jax.outputs import check_new
 
@@ -87,8 +86,6 @@ def prune_widths(
         raise UserError(f"--damping is {damping}, expected at least 0")
     check_new(out, overwrite=overwrite)
     from nd_jax.converters.folders import load_folder
-    from nd_jax.data.source import prompts as world_prompts
-    from nd_jax.data.world import world_named
     from nd_jax.models.functional import count_parameters
     from nd_jax.models.system import DENOISER
     from nd_jax.system import load_system, save_system
@@ -102,10 +99,7 @@ def prune_widths(
     else:
         sizes = Sizes(heads, mlp, text_mlp).of(config)
         choose = lambda generator, worth: sizes  # noqa: E731
-    if prompt_file is not None:
-        captions = read_prompts((), prompt_file)[:prompts]
-    else:
-        captions, _ = world_prompts(world_named("64x64"), "train", prompts, seed=seed, plain=plain)
+    captions = calibration_prompts(prompt_file, prompts, seed=seed, plain=plain)
     options = {"seed": seed, "samples": samples, "steps": steps, "batch": batch, "probes": probes}
     smaller, _ = narrow_system(system, captions, choose, fit=fit, damping=damping, told=say, **options)
     save_system(out, smaller, load_folder(system.folder).tokenizers, dtype=None, overwrite=overwrite)

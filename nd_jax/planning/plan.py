@@ -175,16 +175,7 @@ def _plan_sampling(preset: Preset, topology: Topology, settings: Settings, devic
         total += reading.bounds.times(call.times)
         one = traced_flops(single.function, *single.arguments)
         analytic += one * call.times
-        programs.append(
-            {
-                "program": call.name,
-                "calls": call.times,
-                "flops_compiled": reading.flops * topology.chips,
-                "flops_analytic": one,
-                "wire_bytes": reading.wire,
-                **_memory(reading, topology),
-            }
-        )
+        programs.append(_program(call.name, call.times, reading, reading.flops, one, topology))
     ideal = analytic / (topology.chip.flops * topology.chips)
     return {
         "preset": preset.name,
@@ -196,6 +187,20 @@ def _plan_sampling(preset: Preset, topology: Topology, settings: Settings, devic
         "programs": programs,
         "flops_analytic": analytic,
         **speed(total, settings.efficiency, ideal, 0, prompts),
+    }
+
+
+def _program(
+    name: str, calls: int, reading: Reading, flops: float, analytic: float, topology: Topology
+) -> dict[str, Any]:
+    """One of several programs; ``flops`` of a chip, ``analytic`` of all."""
+    return {
+        "program": name,
+        "calls": calls,
+        "flops_compiled": flops * topology.chips,
+        "flops_analytic": analytic,
+        "wire_bytes": reading.wire,
+        **_memory(reading, topology),
     }
 
 
@@ -217,16 +222,7 @@ def _plan_sweep(preset: Preset, topology: Topology, settings: Settings, devices:
         total += plain.bounds.times(call.times)
         one = traced_flops(single.plain, *single.plain_arguments) * topology.chips
         analytic += one * call.times
-        programs.append(
-            {
-                "program": f"stage {call.stage}",
-                "calls": call.times,
-                "flops_compiled": plain.flops * topology.chips,
-                "flops_analytic": one,
-                "wire_bytes": real.wire,
-                **_memory(real, topology),
-            }
-        )
+        programs.append(_program(f"stage {call.stage}", call.times, real, plain.flops, one, topology))
     most = max(programs, key=lambda each: each["argument_gib"] + each["temporary_gib"])
     ideal = analytic / (topology.chip.flops * topology.chips)
     return {
