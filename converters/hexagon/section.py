@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,25 @@ def context_files(bundle: Bundle, entry: Mapping[str, Any]) -> tuple[Path, Path]
     return model, binary
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One change at a time: several targets may be compiled into a bundle by commands of their own. The lock is on the
+    folder, so that no file is left in it; the operating system drops it with the process."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
 def change_manifest(folder: Path, change: Callable[[Content], None]) -> None:
-    """Edit a bundle's manifest; it is the old one or the new one at any moment."""
+    """Edit a bundle's manifest; it is the old one or the new one at any moment, and waits for other commands' edits."""
+    with _alone(folder):
+        _write(folder, change)
+
+
+def _write(folder: Path, change: Callable[[Content], None]) -> None:
     content = read_manifest(folder)
     change(content)
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
@@ -122,15 +140,16 @@ def put(folder: Path, made: Mapping[str, Path], change: Callable[[Content], None
         for parent in [folder / part for part in list(Path(check_name(name, str(folder))).parents)[:-1]]:
             if parent.is_symlink():
                 raise BundleError(f"{parent} is a link; expected a folder: copy the bundle with cp -rL")
-    if any(name in read_manifest(folder)["files"] for name in made):
-        change_manifest(folder, lambda content: [content["files"].pop(name, None) for name in made])
     stated = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in made.items()}
-    for name, path in made.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, folder / name)
 
     def listed(content: Content) -> None:
         change(content)
         content["files"] |= stated
 
-    change_manifest(folder, listed)
+    with _alone(folder):
+        if any(name in read_manifest(folder)["files"] for name in made):
+            _write(folder, lambda content: [content["files"].pop(name, None) for name in made])
+        for name, path in made.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, folder / name)
+        _write(folder, listed)
