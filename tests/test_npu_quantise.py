@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from nd_jax.converters.bundle.analysis import of_graph
 from nd_jax.converters.bundle.calibration import Recorder, open_calibration
+from nd_jax.converters.bundle.deploy import fewest
 from nd_jax.converters.bundle.encodings import activation_encoding, dequantise, quantise, weight_encoding
 from nd_jax.converters.bundle.inspect import facts, of_bundle, report, resident
 from nd_jax.converters.bundle.ranges import value_ranges
@@ -301,3 +302,19 @@ def test_commands(run, refused, bundle, tiny_folder, tmp_path):
     refused("npu", "build", "--out", tmp_path / "new", "--videos", 2, told="--videos is 2")
     refused("npu", "build", "--checkpoint", tmp_path / "none", "--out", tmp_path / "new", told="does not exist")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("needed", [1, 2, 5, 8, 9])
+def test_as_few_layers_as_it_takes_get_16_bits(needed):
+    """Of eight; nine are more than there are. What was measured last, and is therefore on disk, is what is said."""
+    seen = []
+
+    def measured(chosen):
+        seen.append(list(chosen))
+        return 10.0 + 5 * len(chosen)
+
+    chosen, found = fewest(list("abcdefgh"), measured, 10.0 + 5 * needed)
+    assert list(chosen) == list("abcdefgh")[: min(needed, 8)] == seen[-1]
+    assert set(chosen.values()) == {"int16"}
+    assert len(seen) <= 6
+    assert found == measured(chosen)

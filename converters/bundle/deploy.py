@@ -23,6 +23,8 @@ from nd_jax.errors import UserError
 W8A16 = "w8a16"
 EXACT = 100.0
 """dB from which a weight in 8 bits is as good as itself and needs no more: averages over a group, for example."""
+ROOM = 2.0
+"""dB above a graph's goal: the NPU comes within 1 dB of the figure on the CPU."""
 OVERRIDES: Mapping[str, Overrides] = {}
 """Default exceptions by graph: patterns of weight names to types."""
 LARGEST_HALF = 65504.0
@@ -103,8 +105,8 @@ class Quantised:
         """Its SNR and a line about it.
 
         Where a graph with weights of its own misses its goal and nobody has said which layers take 16 bits, those that
-        8 bits hurt most do, in steps, until it is met; the manifest names them, and keeps the figure without them. A
-        learned rounding is kept if it is better than the plain one.
+        8 bits hurt most do, as few as it takes; the manifest names them, and keeps the figure without them. A learned
+        rounding is kept if it is better than the plain one.
         """
         entry, chosen, rounded, goal = self.entry, self.overrides or {}, None, GOALS.get(self.name, 0)
         found = entry["snr"]["w8a16_plain_test"] = self.write(chosen)
@@ -119,10 +121,7 @@ class Quantised:
             else:
                 found = self.write(chosen)
         if found < goal and self.alone and self.overrides is None and self.name in GOALS:
-            for chosen in wider(self.source):
-                found = self.write(chosen, rounded)
-                if found >= goal:
-                    break
+            chosen, found = fewest(most_hurt(self.source), lambda some: self.write(some, rounded), goal + ROOM)
         entry["snr"]["w8a16_test"], entry["overrides"] = found, dict(chosen)
         self.writer.form(self.name, W8A16, f"{GRAPHS}/{self.target.name}", [f"{GRAPHS}/{self.data.name}"])
         if chosen:
@@ -131,9 +130,9 @@ class Quantised:
         return found, f"{self.name}: W8A16 {found:.1f} dB{told}"
 
 
-def wider(source: Path) -> list[Overrides]:
-    """Overrides to try one after another: the weights that 8 bits hurt most, up to a tenth, a quarter, half and all of
-    the graph's. Hurt is a weight's own SNR: low where a few large entries set the scale of many small ones."""
+def most_hurt(source: Path) -> list[str]:
+    """A saved float32 graph's weights, those first that 8 bits hurt most. Hurt is a weight's own SNR: low where a few
+    large entries set the scale of many small ones."""
     graph = onnx.load(source).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     axes = {node.input[1]: CHANNEL_AXIS[node.op_type] for node in graph.node if node.op_type in CHANNEL_AXIS}
@@ -143,14 +142,29 @@ def wider(source: Path) -> list[Overrides]:
         return snr(arrays[name], dequantise(quantise(arrays[name], encoding), encoding))
 
     hurts = {name: hurt(name) for name in axes if name in arrays}
-    weights = sorted((name for name in hurts if hurts[name] < EXACT), key=hurts.__getitem__)
-    total, found = sum(arrays[name].size for name in weights), []
-    for share in (0.1, 0.25, 0.5, 1.0):
-        reached, chosen = 0, {}
-        for name in weights:
-            reached += arrays[name].size
-            if reached <= share * total:
-                chosen[name] = "int16"
-        if chosen and chosen not in found:
-            found.append(chosen)
-    return found
+    return sorted((name for name in hurts if hurts[name] < EXACT), key=hurts.__getitem__)
+
+
+def fewest(weights: Sequence[str], measured: Callable[[Overrides], float], enough: float) -> tuple[Overrides, float]:
+    """The shortest beginning of ``weights`` in 16 bits with which ``measured`` gives at least ``enough`` dB, found by
+    halving, and its figure; all of them where none is enough. What was measured last is what is returned.
+
+    The figure mostly rises with every weight. Where it does not, the beginning found is enough all the same, but there
+    may be a shorter one.
+    """
+
+    def first(count: int) -> Overrides:
+        return dict.fromkeys(weights[:count], "int16")
+
+    low, high = 0, len(weights)  # nothing is known to be too little
+    last, best = high, measured(first(high))
+    while best >= enough and high - low > 1:
+        last = (low + high) // 2
+        found = measured(first(last))
+        if found >= enough:
+            high, best = last, found
+        else:
+            low = last
+    if last != high:
+        best = measured(first(high))
+    return first(high), best
