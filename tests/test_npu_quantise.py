@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from nd_jax.converters.bundle.analysis import of_graph
 from nd_jax.converters.bundle.calibration import Recorder, open_calibration
-from nd_jax.converters.bundle.deploy import fewest
+from nd_jax.converters.bundle.deploy import by_effect, fewest
 from nd_jax.converters.bundle.encodings import activation_encoding, dequantise, quantise, weight_encoding
 from nd_jax.converters.bundle.inspect import facts, of_bundle, report, resident
 from nd_jax.converters.bundle.ranges import value_ranges
@@ -318,3 +318,16 @@ def test_as_few_layers_as_it_takes_get_16_bits(needed):
     assert set(chosen.values()) == {"int16"}
     assert len(seen) <= 6
     assert found == measured(chosen)
+
+
+def test_layers_are_ordered_by_what_their_8_bits_cost():
+    """Noise powers of four layers, of which those in 16 bits bring none."""
+    noise = {"a": 1.0, "b": 9.0, "c": 0.1, "d": 3.0}
+
+    def measured(chosen):
+        return -10 * np.log10(sum(noise[name] for name in noise if name not in chosen) + 1e-9)
+
+    order = by_effect(list(noise), measured)
+    assert order == ["b", "d", "a", "c"]
+    chosen, found = fewest(order, measured, measured(dict.fromkeys("bd", "int16")))
+    assert (list(chosen), found) == (["b", "d"], pytest.approx(-10 * np.log10(1.1)))

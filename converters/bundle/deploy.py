@@ -25,6 +25,8 @@ EXACT = 100.0
 """dB from which a weight in 8 bits is as good as itself and needs no more: averages over a group, for example."""
 ROOM = 2.0
 """dB above a graph's goal: the NPU comes within 1 dB of the figure on the CPU."""
+MEASURED = 64
+"""Of up to so many layers it is measured, one by one, what their 8 bits do to the graph's outputs."""
 OVERRIDES: Mapping[str, Overrides] = {}
 """Default exceptions by graph: patterns of weight names to types."""
 LARGEST_HALF = 65504.0
@@ -104,8 +106,8 @@ class Quantised:
     def best(self, calibration: Calibration, rounding: Rounding | None) -> tuple[float, str]:
         """Its SNR and a line about it.
 
-        Where a graph with weights of its own misses its goal and nobody has said which layers take 16 bits, those that
-        8 bits hurt most do, as few as it takes; the manifest names them, and keeps the figure without them. A learned
+        Where a graph with weights of its own misses its goal and nobody has said which layers take 16 bits, those whose
+        8 bits cost most do, as few as it takes; the manifest names them, and keeps the figure without them. A learned
         rounding is kept if it is better than the plain one.
         """
         entry, chosen, rounded, goal = self.entry, self.overrides or {}, None, GOALS.get(self.name, 0)
@@ -121,7 +123,14 @@ class Quantised:
             else:
                 found = self.write(chosen)
         if found < goal and self.alone and self.overrides is None and self.name in GOALS:
-            chosen, found = fewest(most_hurt(self.source), lambda some: self.write(some, rounded), goal + ROOM)
+            weights = most_hurt(self.source)
+
+            def measured(some: Overrides) -> float:
+                return self.write(some, rounded)
+
+            if len(weights) <= MEASURED:
+                weights = by_effect(weights, measured)
+            chosen, found = fewest(weights, measured, goal + ROOM)
         entry["snr"]["w8a16_test"], entry["overrides"] = found, dict(chosen)
         self.writer.form(self.name, W8A16, f"{GRAPHS}/{self.target.name}", [f"{GRAPHS}/{self.data.name}"])
         if chosen:
@@ -143,6 +152,13 @@ def most_hurt(source: Path) -> list[str]:
 
     hurts = {name: hurt(name) for name in axes if name in arrays}
     return sorted((name for name in hurts if hurts[name] < EXACT), key=hurts.__getitem__)
+
+
+def by_effect(weights: Sequence[str], measured: Callable[[Overrides], float]) -> list[str]:
+    """Those first whose 8 bits cost most where all others have 16. Errors of different layers add up, so what one costs
+    alone is what it brings to any choice; a weight's own SNR does not tell how far its error reaches."""
+    alone = {name: measured({other: "int16" for other in weights if other != name}) for name in weights}
+    return sorted(weights, key=alone.__getitem__)
 
 
 def fewest(weights: Sequence[str], measured: Callable[[Overrides], float], enough: float) -> tuple[Overrides, float]:
