@@ -51,3 +51,16 @@ def test_a_failed_edit_changes_nothing_and_frees_the_bundle(tmp_path):
     (tmp_path / ".a").write_bytes(b"x")
     put(tmp_path, {"a": tmp_path / ".a"}, lambda content: None)
     assert list(json.loads((tmp_path / "bundle.json").read_text())["files"]) == ["a"]
+
+
+def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(BundleError, match=r"cannot lock .*none \(No such file"):
+        change_manifest(tmp_path / "none", dict)
+
+    def no_locks(held, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    (tmp_path / "bundle.json").write_text(json.dumps({"files": {}}))
+    with pytest.raises(BundleError, match="No locks available"):
+        change_manifest(tmp_path, dict)

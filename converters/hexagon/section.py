@@ -9,7 +9,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,20 @@ def context_files(bundle: Bundle, entry: Mapping[str, Any]) -> tuple[Path, Path]
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One change at a time: several targets may be compiled into a bundle by commands of their own. The lock is on the
-    folder, so that no file is left in it; the operating system drops it with the process."""
-    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    folder, so that no file is left in it; the operating system drops it with the process.
+
+    Raises BundleError where there is no such folder, and where its file system knows no locks.
+    """
+    with ExitStack() as stack:
+        try:
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, held)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        except OSError as error:
+            raise BundleError(
+                f"cannot lock {folder} ({error.strerror}); expected a bundle's folder on a file system with locks"
+            ) from None
         yield
-    finally:
-        os.close(held)
 
 
 def change_manifest(folder: Path, change: Callable[[Content], None]) -> None:
