@@ -13,18 +13,21 @@ import scipy.stats
 import tiny_system
 from test_sweep_command import PROMPTS, folder  # noqa: F401
 
+from nd_jax import cli
 from nd_jax.converters.folders import load_folder
 from nd_jax.data.latents import write_latents
 from nd_jax.errors import UserError
 from nd_jax.influence import generator_of
-from nd_jax.models.system import CODEC, DENOISER
-from nd_jax.recipes.preset import FlowRun, Preset
+from nd_jax.models.system import DENOISER
+from nd_jax.recipes.flow_matching import FlowRecipeConfig
+from nd_jax.recipes.preset import FlowRun, Preset, RecoveryRun
+from nd_jax.recipes.recovery import RecoveryRecipeConfig
 from nd_jax.sweep.calibration import record
 from nd_jax.sweep.correlate import correlation, foretold, sections, spearman, verdict
 from nd_jax.sweep.population import Population
-from nd_jax.sweep.recover import Distance, recovered_all, spread_choice, trainer
+from nd_jax.sweep.recover import Distance, recovered_all, spread_choice
 from nd_jax.sweep.table import SweepTable, open_table
-from nd_jax.system import load_system
+from nd_jax.system import load_system, save_system
 from nd_jax.training.optim import OptimConfig
 from nd_jax.workflow import without_blocks
 
@@ -131,35 +134,50 @@ def test_candidates_recover_and_are_compared(folder, table, tmp_path):  # noqa: 
         "Do cheap scores foretell quality after recovery?", "The found set after equal recovery"]  # fmt: skip
     assert told[0].rows[-1][0] == "error before recovery"
     assert told[2].rows[0][-1] in ("better", "worse", "not told apart")
+    best = min(again, key=lambda drop: table.errors[drop])
+    accuracy = {drop: np.full(2, 0.9 if drop == best else 0.1 * drop[0]) for drop in again}
+    judged = {drop: dataclasses.replace(each, accuracy=accuracy[drop]) for drop, each in again.items()}
+    chance = sections(table, {}, {}, judged, len(PROMPTS))[2].rows[-1]
+    others = [drop for drop in again if drop != best]
+    apart = np.mean([again[drop].after.mean() for drop in others]) - again[best].after.mean()
+    assert float(chance[2]) == pytest.approx(apart, rel=5e-3)
+    assert float(chance[5]) == pytest.approx(90 - 10 * np.mean([drop[0] for drop in others]), abs=0.05)
     (out / "recovered.json").write_text(json.dumps({"settings": settings, "candidates": [{"dropped": [1]}]}))
     with pytest.raises(UserError, match="damaged"):
         recovered_all(teacher, drops, out, settings, train, distance)
 
 
 @pytest.mark.heavy
-def test_trained_by_a_presets_run(folder, tmp_path):  # noqa: F811
-    """Three candidates through the real training loop, with two steps each."""
-    teacher = load_system(folder, dtype=None)
-    source, parts = philox(1), load_folder(folder)
-    latents = source.normal(size=(8, 1, 8, 8, 4)).astype(np.float32)
+def test_trained_by_a_presets_run(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The command, on weights stored in float16 as shipped ones are: three candidates, two steps of each stage."""
+    half, parts = tmp_path / "half", load_folder(folder)
+    teacher = load_system(save_system(half, load_system(folder), parts.tokenizers, dtype="fp16"))
+    latents = philox(1).normal(size=(8, 1, 8, 8, 4)).astype(np.float32)
     write_latents(tmp_path / "latents", [latents], [["a ball"]] * 8, info={}, overwrite=True)
-    run = FlowRun()
     optim = OptimConfig(learning_rate=3e-3, warmup_steps=1, schedule="constant")
     changes = {"batch": 8, "stage_mix": (1,), "train_text": False, "ema_decay": 0.0, "optim": optim}
-    recipe = dataclasses.replace(run.recipe, **changes)
+    stage1 = FlowRun(recipe=FlowRecipeConfig(**changes))
     preset = Preset(
         name="test",
         system=tiny_system.CONFIG,
         video=teacher.video,
         sampling=teacher.sampling,
         schedule=teacher.schedule,
-        runs={"recovery": dataclasses.replace(run, recipe=recipe)},
+        runs={"both": RecoveryRun(stage1, RecoveryRecipeConfig(**changes), stage1.loop)},
     )
-    generator = generator_of(teacher)
-    distance = Distance(teacher, generator.envelopes, record(generator, PROMPTS, batch=2))
-    given = {"latents": [tmp_path / "latents"], "codec_folder": parts.components[CODEC], "tokenizers": parts.tokenizers}
-    train = trainer(preset, "recovery", teacher, steps=2, compiled=tmp_path / "compiled", **given)
-    found = recovered_all(teacher, [(0,), (1,), (2,)], tmp_path / "out", {}, train, distance, keep=True)
-    assert len(found) == 3
-    assert all(np.abs(each.after - each.before).max() > 0 for each in found.values())
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 3
+    monkeypatch.setattr("nd_jax.recipes.preset.load_preset", lambda name: preset)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    asked = ["--prompt-file", str(tmp_path / "prompts.txt"), "--prompts", "2", "--batch", "2"]
+    swept, out = ["--out", str(tmp_path / "sweep")], tmp_path / "out"
+    assert cli.main(["prune", "sweep", str(half), *swept, *asked, "--budget", "4", "--gate-steps", "0"]) == 0
+    command = ["prune", "correlate", str(half), "--sweep", str(tmp_path / "sweep"), "--preset", "test", "--run", "both"]
+    command += ["--latents", str(tmp_path / "latents"), "--out", str(out), "--keep"]
+    command += ["--candidates", "3", "--steps", "2"]
+    assert cli.main([*command, *asked]) == 0
+    assert "error before recovery: " in capsys.readouterr().out
+    found = json.loads((out / "recovered.json").read_text())["candidates"]
+    assert len(found) == len(list((out / "runs").iterdir())) == 3
+    for each in found:
+        assert np.isfinite(each["after"]).all()
+        assert np.abs(np.subtract(each["after"], each["before"])).max() > 0
+    assert "chance" in (out / "report.html").read_text()

@@ -83,6 +83,7 @@ def prune_correlate(
         raise UserError(
             f"correlate: {sweep} is no sweep of the blocks of {checkpoint}; name the checkpoint it was made of"
         )
+    system = load_system(checkpoint, mode=mode)  # in float32: shipped weights are float16, in which nothing trains
     if count is None:
         sizes = Counter(len(drop) for drop in table.rows if len(drop) > 2) or Counter(len(drop) for drop in table.rows)
         count = max(sizes, key=lambda size: (sizes[size], size))

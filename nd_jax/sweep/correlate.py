@@ -108,16 +108,27 @@ def _points(before: np.ndarray, after: np.ndarray) -> Points:
 
 
 def _against(table: SweepTable, chosen: Mapping[str, Drop], recovered: Mapping[Drop, Recovered], weights) -> Table:
-    """Is the found set better than other scores' choices after the same training?"""
+    """Is the found set better than other scores' choices after the same training, and than chance?"""
     best = min(recovered, key=lambda drop: (table.errors[drop], drop))
+    judged = all(each.accuracy is not None for each in recovered.values())
+    rivals = {name: [drop] for name, drop in chosen.items() if drop in recovered}
+    rivals["chance: all others, on average"] = [drop for drop in recovered if drop != best]
     rows = []
-    for name, drop in chosen.items():
-        if drop in recovered:
-            less = score(recovered[drop].after - recovered[best].after, weights)
-            what = "the same set" if drop == best else verdict(less.low, less.high)
-            rows.append([name, " ".join(map(str, drop)), *told(less, 3), what])
-    note = f"The found set, without {' '.join(map(str, best))}: lowest error before training. Same prompts for both."
+    for name, drops in rivals.items():
+        less = score(np.mean([recovered[drop].after for drop in drops], axis=0) - recovered[best].after, weights)
+        row = [name, " ".join(map(str, drops[0])) if len(drops) == 1 else "", *told(less, 3)]
+        row.append("the same set" if drops == [best] else verdict(less.low, less.high))
+        if judged:
+            videos = recovered[best].accuracy - np.mean([recovered[drop].accuracy for drop in drops], axis=0)
+            points = score(100 * videos[None], bootstrap_weights(len(videos)))
+            row += [f"{points.error:+.1f}", f"{points.low:+.1f} to {points.high:+.1f}"]
+        rows.append(row)
+    note = (
+        f"The found set, without {' '.join(map(str, best))}: lowest error before training. Same prompts and noise for "
+        "all. The others are every other set of this size, or some of all ranks: see the table below."
+    )
     columns = ["choice of", "dropped", "its error after recovery less the found set's", "95 %", "the found set is"]
+    columns += ["points of judged accuracy that the found set is ahead", "95 %"] if judged else []
     return Table("The found set after equal recovery", columns, rows, note)
 
 

@@ -173,7 +173,7 @@ def trainer(
     quiet: bool = True,
 ) -> Callable[[VideoSystem, Path], VideoSystem | None]:
     """For ``recovered_all``: a preset's run of flow matching or of recovery in two stages, cut to ``steps`` updates of
-    each stage. Programs are kept in ``compiled``, so that candidates of one size compile once.
+    each stage, with schedules in proportion. Programs are kept in ``compiled``: candidates of one size compile once.
 
     Raises UserError for a run of another kind.
     """
@@ -183,7 +183,11 @@ def trainer(
 
     def shorter(run: FlowRun) -> FlowRun:
         loop = dataclasses.replace(run.loop, steps=steps, save_every=0, compile_cache=str(compiled))
-        return dataclasses.replace(run, loop=loop)
+        # A learning rate that is still high where training is cut off tells little of what longer training gives.
+        optim, share = run.recipe.optim, min(1.0, steps / run.loop.steps)
+        spans = {name: max(1, round(share * getattr(optim, name))) for name in ("warmup_steps", "decay_steps")}
+        recipe = dataclasses.replace(run.recipe, optim=dataclasses.replace(optim, **spans))
+        return dataclasses.replace(run, loop=loop, recipe=recipe)
 
     run = shorter(run)
     given = {"latents": latents, "codec_folder": codec_folder, "tokenizers": dict(tokenizers), "quiet": quiet}
