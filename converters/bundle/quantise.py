@@ -28,7 +28,8 @@ MOVING = {"Reshape", "Transpose", "Split", "Slice", "Resize", "DepthToSpace", "S
 AS_IT_IS = {"Resize", "Clip"}
 """Operators whose constants are not values of the network: scales, bounds."""
 MARGIN = 2.0
-"""Ranges are widened by this: 16 bits have room for it, and values beyond a recorded range would be cut off."""
+"""Ranges are widened by this: 16 bits have room for it, and values beyond a recorded range would be cut off. Or less,
+where a graph's input is sure to stay in its range."""
 KNOWN = {"cosines": (-1.0, 1.0), "sines": (-1.0, 1.0), "sinusoid": (-1.0, 1.0), "bias*": (-100.0, 0.0)}
 """Ranges of inputs that are known without recording."""
 FIXED = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 32767 / 32768)}
@@ -55,8 +56,10 @@ def value_groups(graph: onnx.GraphProto) -> dict[str, str]:
     return {name: root(name) for name in list(parent)}
 
 
-def activation_encodings(graph: onnx.GraphProto, ranges: Mapping[str, Range]) -> dict[str, Encoding]:
-    """One encoding for every value, from the widened ranges of all values of its group; softmax is 0 to 1.
+def activation_encodings(
+    graph: onnx.GraphProto, ranges: Mapping[str, Range], margin: float = MARGIN
+) -> dict[str, Encoding]:
+    """One encoding for every value, from the ranges, times ``margin``, of all values of its group; softmax is 0 to 1.
 
     What a Gemm of two values takes as its second is symmetric: the NPU takes it in 16 bits only so.
     """
@@ -65,7 +68,7 @@ def activation_encodings(graph: onnx.GraphProto, ranges: Mapping[str, Range]) ->
     for pattern, known in KNOWN.items():
         fixed |= {value.name: known for value in graph.input if fnmatch.fnmatchcase(value.name, pattern)}
     for name, (low, high) in ranges.items():
-        low, high = fixed.get(name, (low * MARGIN, high * MARGIN))
+        low, high = fixed.get(name, (low * margin, high * margin))
         group = groups.get(name, name)
         before = widest.get(group, (low, high))
         widest[group] = (min(low, before[0]), max(high, before[1]))
@@ -277,11 +280,12 @@ def quantise_graph(
     ranges: Mapping[str, Range],
     overrides: Overrides | None = None,
     rounded: Mapping[str, tuple[np.ndarray, Encoding]] | None = None,
+    margin: float = MARGIN,
 ) -> None:
     """Write the W8A16 form of the saved float32 graph ``source`` to ``target``, its weights to ``data``.
 
-    ``ranges`` is what ``value_ranges`` found; graphs that share ``data`` share their weights. ``rounded``: integers and
-    encodings of weights that were learned.
+    ``ranges`` is what ``value_ranges`` found, to be widened by ``margin``; graphs that share ``data`` share their
+    weights. ``rounded``: integers and encodings of weights that were learned.
     """
     model = onnx.load(source, load_external_data=False)
     weights = {tensor.name: stored_array(tensor, source.parent) for tensor in model.graph.initializer}
@@ -293,5 +297,5 @@ def quantise_graph(
     ]
     del model.graph.initializer[:]
     model.graph.initializer.extend(small)
-    activations = activation_encodings(model.graph, ranges)
+    activations = activation_encodings(model.graph, ranges, margin)
     save_model(Quantiser(model.graph, weights, activations, data, overrides or {}, rounded or {}).run(), target)

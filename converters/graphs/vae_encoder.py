@@ -3,8 +3,10 @@ because what lies before the first frame is zeros."""
 
 from __future__ import annotations
 
-from nd_jax.converters.graphs.builder import Graph
-from nd_jax.converters.graphs.codec import Frames, enter, group_norm, leave
+import numpy as np
+
+from nd_jax.converters.graphs.builder import Graph, Value
+from nd_jax.converters.graphs.codec import Frames, conv, enter, group_norm, leave
 from nd_jax.converters.graphs.layers import Tree
 from nd_jax.models.codec_config import CodecConfig
 
@@ -27,9 +29,25 @@ def encoder_graph(config: CodecConfig, params: Tree, height: int, width: int, na
                 x = frames.conv(x, f"{path}/{part}/{j}/conv", block[part][j]["conv"], stride=stride)
     x = frames.middle(x, "encoder/mid_block", tree["mid_block"], groups)
     x = [group_norm(graph, x[0], "encoder/conv_norm_out", tree["conv_norm_out"], groups)]
-    x = frames.conv([frames.silu(x[0], "encoder/conv_norm_out")], "encoder/conv_out", tree["conv_out"])
-    latent = config.encoder_out_channels
+    x, latent = frames.silu(x[0], "encoder/conv_norm_out"), config.encoder_out_channels
     for start, output in ((0, "mean"), (latent, "logvar")):
-        [half] = frames.conv(x, "quant_conv", params["quant_conv"], pick=slice(start, start + latent))
-        leave(graph, output, half)
+        leave(graph, output, _last(graph, x, tree["conv_out"], params["quant_conv"], slice(start, start + latent)))
     return graph
+
+
+def _last(graph: Graph, x: Value, out: Tree, quant: Tree, half: slice) -> Value:
+    """Some channels of ``quant_conv(conv_out(x))`` as one convolution. In between lie means beside log variances ten
+    times their size, in one range, and quant_conv's sums would bring out what rounding did there."""
+
+    def through(w: np.ndarray) -> np.ndarray:
+        """By quant_conv's matrix, which has one pixel."""
+        matrix = np.asarray(quant["kernel"], np.float64)[-1, 0, 0][:, half]
+        return (w.astype(np.float64) @ matrix).astype(np.float32)
+
+    def bias(b: np.ndarray) -> np.ndarray:
+        return through(b) + np.asarray(quant["bias"], np.float32)[half]
+
+    _, size, _, inputs, _ = out["kernel"].shape
+    shape, suffix = (size, size, inputs, half.stop - half.start), f"/{half.start}"
+    options = {"change": lambda w: through(w[-1]), "bias_change": bias, "shape": shape, "suffix": suffix}
+    return conv(graph, x, "encoder/conv_out", out["kernel"], out["bias"], **options)
