@@ -1,4 +1,7 @@
-"""An exporter that knows nothing of ours: jax2onnx's graphs of the JAX networks give what our graphs give."""
+"""An exporter that knows nothing of ours: jax2onnx's graphs of the JAX networks give what our graphs give.
+
+It is no extra, because it asks for an older Orbax than ours; the checks run where it was installed all the same.
+"""
 
 from __future__ import annotations
 
