@@ -134,6 +134,8 @@ def test_candidates_recover_and_are_compared(folder, table, tmp_path):  # noqa: 
         "Do cheap scores foretell quality after recovery?", "The found set after equal recovery"]  # fmt: skip
     assert told[0].rows[-1][0] == "error before recovery"
     assert told[2].rows[0][-1] in ("better", "worse", "not told apart")
+    twice = sections(table, {}, {"one": (3,), "other": (3,)}, again, len(PROMPTS))[3]
+    assert {row[0]: row[-1] for row in twice.rows}["3"] == "one, other"
     best = min(again, key=lambda drop: table.errors[drop])
     accuracy = {drop: np.full(2, 0.9 if drop == best else 0.1 * drop[0]) for drop in again}
     judged = {drop: dataclasses.replace(each, accuracy=accuracy[drop]) for drop, each in again.items()}

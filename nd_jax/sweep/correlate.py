@@ -98,7 +98,7 @@ def sections(
         Table("Do cheap scores foretell quality after recovery?", columns, rows, note),
         _points(said[OWN], quality["error after recovery"]),
         _against(table, chosen, recovered, weights),
-        _all(recovered, after, judged, {drop: name for name, drop in chosen.items()}),
+        _all(recovered, after, judged, chosen),
     ]
 
 
@@ -137,14 +137,13 @@ def verdict(low: float, high: float) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "not told apart"
 
 
-def _all(recovered: Mapping[Drop, Recovered], after: Mapping, judged: bool, names: Mapping[Drop, str]) -> Table:
+def _all(recovered: Mapping[Drop, Recovered], after: Mapping, judged: bool, chosen: Mapping[str, Drop]) -> Table:
     rows = []
     for drop in sorted(recovered, key=lambda drop: after[drop].error):
         each = recovered[drop]
         accuracy = [f"{each.accuracy.mean():.1%}"] if judged else []
-        rows.append(
-            [" ".join(map(str, drop)), f"{each.before.mean():.4g}", *told(after[drop]), *accuracy, names.get(drop, "")]
-        )
+        names = ", ".join(name for name, choice in chosen.items() if choice == drop)
+        rows.append([" ".join(map(str, drop)), f"{each.before.mean():.4g}", *told(after[drop]), *accuracy, names])
     columns = [
         "dropped",
         "held-out error before",
