@@ -1,15 +1,18 @@
 """Candidates per second of a sweep, beside running pruned networks one by one; all in one run, on one device.
 
-    python tests/benchmarks/bench_sweep.py [--checkpoint shapes_base] [--candidates 64] [--drop N] [--prompts 4]
+    python tests/benchmarks/bench_sweep.py [--checkpoint shapes_base] [--layers N] [--candidates 96] [--drop N]
+        [--prompts 4]
 
 Random sets of N blocks (default: a quarter) and the remove-one sets, each scored on the same calls. Rivals:
 "indexed": a compiled K-block program for each stage, fed with the weights of one candidate after the other, gathered by
 another compiled program; "built": ``remove_blocks`` and a new ``jax.jit`` for each (a few are enough). Both are given
 the whole denoiser's velocities. Then every head alone, gated in one program, beside a compiled gated network fed with
-one after the other. All results are compared, and the sweep's time is also taken for half the candidates.
+one after the other. All results are compared, and the sweep's time is also taken for half the candidates. ``--layers``
+takes a denoiser of so many, of random weights and the checkpoint's other sizes.
 """
 
 import argparse
+import dataclasses
 import itertools
 import time
 
@@ -20,6 +23,7 @@ import numpy as np
 from nd_jax.data.source import prompts as world_prompts
 from nd_jax.data.world import world_named
 from nd_jax.generate import Generator
+from nd_jax.models.mmdit import definition
 from nd_jax.models.system import DENOISER
 from nd_jax.pyramid.layout import layout_arrays
 from nd_jax.pyramid.sampler import twice
@@ -43,6 +47,7 @@ def run_velocity(denoiser, envelope, params, conditions, inputs, *, guided, gate
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="shapes_base")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--candidates", type=int, default=96)
     parser.add_argument("--drop", type=int)
     parser.add_argument("--prompts", type=int, default=4)
@@ -52,6 +57,13 @@ def main():
     options = parser.parse_args()
 
     system = load_system(options.checkpoint, dtype=None)
+    if options.layers:
+        deep = dataclasses.replace(system.config.diffusion_transformer, num_layers=options.layers)
+        rng = np.random.Generator(np.random.Philox(0))  # moves what begins at zero
+        begun = definition(deep).init(jax.random.key(0))
+        drawn = jax.tree.map(lambda x: np.asarray(x) + 0.02 * rng.standard_normal(x.shape, np.float32), begun)
+        system.params[DENOISER] = drawn
+        system = dataclasses.replace(system, config=dataclasses.replace(system.config, diffusion_transformer=deep))
     blocks = system.config.diffusion_transformer.num_layers - 1
     count = options.drop or max(1, round((blocks + 1) / 4))
     generator = Generator(system, height=system.video.height, width=system.video.width, frames=options.frames)
