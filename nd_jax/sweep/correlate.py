@@ -97,7 +97,7 @@ def sections(
     return [
         Table("Do cheap scores foretell quality after recovery?", columns, rows, note),
         _points(said[OWN], quality["error after recovery"]),
-        _against(table, chosen, recovered, weights),
+        _against(table, chosen, recovered, weights, judged),
         _all(recovered, after, judged, chosen),
     ]
 
@@ -107,10 +107,11 @@ def _points(before: np.ndarray, after: np.ndarray) -> Points:
     return Points("Before and after", {"candidates": pairs}, OWN, "error after recovery")
 
 
-def _against(table: SweepTable, chosen: Mapping[str, Drop], recovered: Mapping[Drop, Recovered], weights) -> Table:
+def _against(
+    table: SweepTable, chosen: Mapping[str, Drop], recovered: Mapping[Drop, Recovered], weights, judged: bool
+) -> Table:
     """Is the found set better than other scores' choices after the same training, and than chance?"""
     best = min(recovered, key=lambda drop: (table.errors[drop], drop))
-    judged = all(each.accuracy is not None for each in recovered.values())
     rivals = {name: [drop] for name, drop in chosen.items() if drop in recovered}
     rivals["chance: all others, on average"] = [drop for drop in recovered if drop != best]
     rows = []
@@ -157,5 +158,5 @@ def _all(recovered: Mapping[Drop, Recovered], after: Mapping, judged: bool, chos
 
 def write_correlation(path: Path, name: str, steps: int, found: list[Section]) -> Path:
     """``path``, one HTML file."""
-    lead = f"Candidates of a sweep of {name}, each trained for {steps} updates."
+    lead = f"Candidates of a sweep of {name}, each trained for {steps} updates of every stage."
     return write_report(path, "nd-jax: pruned denoisers after recovery", lead, found)

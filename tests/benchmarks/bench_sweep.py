@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nd_jax.converters.hexagon.full_size import random_params
 from nd_jax.data.source import prompts as world_prompts
 from nd_jax.data.world import world_named
 from nd_jax.generate import Generator
-from nd_jax.models.mmdit import definition
 from nd_jax.models.system import DENOISER
 from nd_jax.pyramid.layout import layout_arrays
 from nd_jax.pyramid.sampler import twice
@@ -59,11 +59,9 @@ def main():
     system = load_system(options.checkpoint, dtype=None)
     if options.layers:
         deep = dataclasses.replace(system.config.diffusion_transformer, num_layers=options.layers)
-        rng = np.random.Generator(np.random.Philox(0))  # moves what begins at zero
-        begun = definition(deep).init(jax.random.key(0))
-        drawn = jax.tree.map(lambda x: np.asarray(x) + 0.02 * rng.standard_normal(x.shape, np.float32), begun)
-        system.params[DENOISER] = drawn
-        system = dataclasses.replace(system, config=dataclasses.replace(system.config, diffusion_transformer=deep))
+        config = dataclasses.replace(system.config, diffusion_transformer=deep)
+        params = {**system.params, **random_params(config, (DENOISER,))}
+        system = dataclasses.replace(system, config=config, params=params)
     blocks = system.config.diffusion_transformer.num_layers - 1
     count = options.drop or max(1, round((blocks + 1) / 4))
     generator = Generator(system, height=system.video.height, width=system.video.width, frames=options.frames)
