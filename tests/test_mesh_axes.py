@@ -87,7 +87,7 @@ def alone():
     [
         pytest.param(
             *(MeshConfig(fsdp=2, context=2), 4),
-            *(P(None, None, ("fsdp", "context")), P(None, ("fsdp", "context"), None)),
+            *(P(None, "fsdp", None), P(None, ("fsdp", "context"), None)),
             marks=pytest.mark.heavy,
         ),
         pytest.param(
@@ -95,7 +95,7 @@ def alone():
             *(P(None, None, "tensor"), P(None, "tensor", None)),
             marks=pytest.mark.heavy,
         ),
-        (MeshConfig(fsdp=2, tensor=2, context=2), 8, P(None, ("fsdp", "context"), "tensor"), None),
+        (MeshConfig(fsdp=2, tensor=2, context=2), 8, P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")),
     ],
 )
 def test_an_update_is_the_same_on_any_mesh(alone, sizes, devices, up, down):

@@ -14,7 +14,7 @@ from nd_jax.models.functional import Definition
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.mmdit_block import spread
 from nd_jax.models.norms import AdaLayerNorm, RMSNorm, modulate
-from nd_jax.models.positions import apply_rope, axis_table, rope_tables, spatial_positions, table
+from nd_jax.models.positions import _by_product, apply_rope, axis_table, rope_tables, spatial_positions, table
 
 POSITIONS = 1e-6
 EMBEDDINGS = 2e-4
@@ -81,6 +81,7 @@ def test_rotation(pieces):
     cosines, sines = (x[:, :, None] for x in rope_tables(inputs["ids"][..., 0].astype(np.int32), 16))
     for name in ("q", "k"):
         assert error(apply_rope(inputs[name], cosines, sines), outputs[name]) <= NORMS
+        assert error(_by_product(inputs[name], cosines, sines), outputs[name]) <= NORMS, "as TPUs do it"
 
 
 def test_timestep_embedding(golden, pieces):

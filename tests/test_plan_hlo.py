@@ -223,6 +223,25 @@ def test_a_loop_reads_its_slice_and_not_the_whole_stack():
     assert 50 * 64 * 64 * 4 * 2 < moved < 50 * 64 * 64 * 4 * 12
 
 
+def test_a_slice_is_read_and_not_what_it_is_cut_from():
+    """Inside a fusion, and where a TPU fetches it ahead into vector memory: its start names operand, slice, context."""
+    array, part = "f32[100,8]{1,0}", "f32[10,8]{1,0}"
+    text = f"""%cut (p: {array[:10]}) -> f32[10,8] {{
+  %p = {array} parameter(0)
+  %s = {part} slice(%p), slice={{[0:10], [0:8]}}
+  ROOT %n = {part} negate(%s)
+}}
+
+ENTRY %main (x: f32[100,8]) -> f32[10,8] {{
+  %x = {array} parameter(0)
+  %f = {part} fusion(%x), kind=kLoop, calls=%cut
+  %start = (({array}), f32[10,8]{{1,0:S(1)}}, s32[]{{:S(2)}}) slice-start(%x), slice={{[0:10], [0:8]}}
+  ROOT %done = f32[10,8]{{1,0:S(1)}} slice-done(%start)
+}}
+"""
+    assert program_bytes(parse(text)) == 4 * 80 * (2 + 1), "read and written, then read into vector memory"
+
+
 def test_what_a_compiler_refuses():
     assert needed_gib("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 31.26G of 15.75G hbm.") == 31.26
     assert needed_gib("Used 512.5M of 15.75G hbm") == pytest.approx(0.5005, abs=1e-4)

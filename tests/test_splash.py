@@ -11,7 +11,7 @@ from test_mesh_axes import EVERYTHING, NETWORK, make_batch
 from test_mesh_axes import recipe as make_recipe
 
 from nd_jax.errors import UserError
-from nd_jax.models.attention import attend, causal_mask
+from nd_jax.models.attention import Placed, attend, causal_mask
 from nd_jax.models.kernel_work import scope
 from nd_jax.models.mmdit import definition
 from nd_jax.models.splash import splash_attention, visited_pairs
@@ -31,6 +31,19 @@ def layouts():
     """Of stages 0 and 2 at units 2 and 1, 2 rows, one of them with padded text."""
     pairs = [(Envelope(0, 2, TEXT, 8, 16, 1), 2), (Envelope(2, 1, TEXT, 8, 16, 1), 1)]
     return [layout_arrays(envelope, unit, MASK) for envelope, unit in pairs]
+
+
+def placed(groups, counts):
+    """The last tokens of every group."""
+    parts = [slice(len(group.fixed) - n, None) for group, n in zip(groups, counts, strict=True)]
+    pairs = list(zip(groups, parts, strict=True))
+    segments = jnp.concatenate([jnp.asarray(group.segments)[:, part] for group, part in pairs], axis=1)
+    return Placed(places([group.fixed[part] for group, part in pairs]), segments)
+
+
+def places(times):
+    """Group and time of every token, from the times of each group."""
+    return np.array([(group, time) for group, each in enumerate(times) for time in each], np.int32)
 
 
 def test_fixed_times_are_the_layouts_times():
@@ -60,8 +73,8 @@ def test_kernel_and_dense_attention_agree(last):
         return jnp.concatenate(out, axis=1)
 
     def sparse(q, k, v):
-        segments = jnp.concatenate([layout.segments for layout in groups], axis=1)
-        return splash_attention(q, k, v, tuple(g.fixed for g in groups), asking, segments, interpret=True)
+        asked, known = (placed(groups, counts) for counts in (asking, lengths))
+        return splash_attention(q, k, v, asked, known, interpret=True)
 
     def both(attention):
         out, pull = jax.vjp(attention, q, k, v)
@@ -73,9 +86,9 @@ def test_kernel_and_dense_attention_agree(last):
 
 def test_tiles_between_groups_and_of_the_future_are_skipped():
     early, late = (0,) * 600, (0,) * 512 + (1,) * 512
-    assert visited_pairs([late], [1024]) < 1152 * 1152
-    apart = visited_pairs([early, late], [600, 1024])
-    assert apart < visited_pairs([(0,) * 1624], [1624])
+    alone, both, whole = places([late]), places([early, late]), places([(0,) * 1624])
+    assert visited_pairs(alone, alone) < 1152 * 1152
+    assert visited_pairs(both, both) < visited_pairs(whole, whole)
 
 
 @pytest.mark.heavy
@@ -116,14 +129,14 @@ def test_the_kernel_needs_exact_layouts():
 
 
 def test_the_kernels_operations_are_counted_by_their_tiles():
-    """In a trace, forward and backward, and per layer of a loop: two and five products over the visited tiles."""
-    times, (batch, heads, dim) = ((0,) * 600 + (1,) * 500,), (3, 2, 8)
-    one = 2 * batch * heads * dim * visited_pairs(times, (1100,))
+    """In a trace, forward and backward, and per layer of a loop: two and seven products over the visited tiles."""
+    tokens, (batch, heads, dim) = places([(0,) * 600 + (1,) * 500]), (3, 2, 8)
+    one = 2 * batch * heads * dim * visited_pairs(tokens, tokens)
     array = jax.ShapeDtypeStruct((batch, 1100, heads, dim), jnp.float32)
-    segments = jnp.zeros((1, 1100), jnp.int32)
+    every = Placed(tokens, jnp.zeros((1, 1100), jnp.int32))
 
     def attention(q, k, v):
-        return splash_attention(q, k, v, times, (1100,), segments)
+        return splash_attention(q, k, v, every, every)
 
     def layers(q, k, v):
         def body(x, _):
@@ -134,7 +147,7 @@ def test_the_kernels_operations_are_counted_by_their_tiles():
     assert traced_flops(attention, array, array, array) == 2 * one
     assert traced_flops(layers, array, array, array) == 4 * 2 * one
     outside = 2 * batch * heads * dim * 1152  # output times its gradient, a product beside the kernel
-    assert traced_flops(jax.grad(layers), array, array, array) == 4 * ((2 + 5) * one + outside)
+    assert traced_flops(jax.grad(layers), array, array, array) == 4 * ((2 + 7) * one + outside)
 
 
 def test_the_kernels_operations_are_read_from_a_compiled_program():
@@ -151,27 +164,28 @@ def test_the_kernels_operations_are_read_from_a_compiled_program():
         "  ROOT %e = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n}\n"
     )
     module = parse(text)
-    assert kernels_flops(module) == 2 * 1000 * (5 + 2)
-    assert program_flops(module) == 2 * 1000 * (5 + 2) + 2 * 8**3
+    assert kernels_flops(module) == 2 * 1000 * (4 + 2)
+    assert program_flops(module) == 2 * 1000 * (4 + 2) + 2 * 8**3
 
 
 @pytest.mark.heavy
 def test_a_compiler_keeps_the_name_that_tells_the_tiles():
-    """The gradient of two layers on four chips that are not here: seven products a layer, split over the chips."""
+    """The gradient of two layers on four chips that are not here: nine products a layer, split over the chips."""
     pytest.importorskip("libtpu")
     from nd_jax.planning.chips import parse_topology
     from nd_jax.planning.compiled import topology_devices
 
     mesh = make_mesh(MeshConfig(fsdp=4), topology_devices(parse_topology("v5e:2x2")))
-    times, attention = ((0,) * 300 + (1,) * 300,), splash_on(mesh)
+    tokens, attention = places([(0,) * 300 + (1,) * 300]), splash_on(mesh)
+    every = Placed(tokens, jnp.zeros((1, 600), jnp.int32))
 
     def layers(q, k, v):
         def body(x, _):
-            return attention(x, k, v, times, (600,), jnp.zeros((1, 600), jnp.int32)).reshape(x.shape), None
+            return attention(x, k, v, every, every).reshape(x.shape), None
 
         return jax.lax.scan(body, q, None, length=2)[0].sum()
 
     array = jax.ShapeDtypeStruct((8, 600, 2, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
     program = jax.jit(jax.grad(layers, argnums=(0, 1, 2))).lower(array, array, array).compile()
     found = kernels_flops(parse(program.as_text()))
-    assert found == 2 * (2 + 5) * 2 * (8 // 4) * 2 * 64 * visited_pairs(times, (600,))
+    assert found == 2 * (2 + 7) * 2 * (8 // 4) * 2 * 64 * visited_pairs(tokens, tokens)

@@ -45,13 +45,15 @@ def test_mesh_sizes_that_do_not_fit_name_the_axis(config, told):
 @pytest.mark.parametrize(
     ("path", "sizes", "expected"),
     [
-        ("proj/kernel", (64, 256), P(None, "fsdp")),  # the largest dimension
+        ("proj/kernel", (64, 1024), P(None, "fsdp")),  # the largest dimension
+        ("proj/kernel", (64, 256), P("fsdp", None)),  # slices of 16 rows are whole tiles, of 64 lanes are not
+        ("proj/kernel", (60, 256), P(None, "fsdp")),  # no whole tiles: the largest dimension
         ("proj/kernel", (256, 256), P("fsdp", None)),  # the first of equals
         ("proj/kernel", (513, 64), P(None, "fsdp")),  # the largest that divides
         ("proj/kernel", (513, 65), P(None, None)),  # nothing divides
         ("proj/kernel", (64, 64), P(None, None)),  # too small to be worth it
-        ("blocks/proj/kernel", (512, 64, 128), P(None, None, "fsdp")),  # layers are never split, however many
-        ("up_blocks/0/conv/kernel", (3, 3, 3, 64, 128), P(None, None, None, None, "fsdp")),
+        ("blocks/proj/kernel", (512, 64, 512), P(None, None, "fsdp")),  # layers are never split, however many
+        ("up_blocks/0/conv/kernel", (3, 3, 3, 64, 512), P(None, None, None, None, "fsdp")),
         ("blocks/0/kernel", (512, 64), P("fsdp", None)),  # a list of modules has no layers axis
         ("norm/scale", (65536,), P(None)),
     ],
@@ -65,7 +67,7 @@ def test_first_matching_rule_decides_and_dims_count_from_the_end():
     assert rules.spec("blocks/to_q/kernel", (6, 32, 64), MESH) == P(None, "fsdp", "data")
     assert rules.spec("to_q/kernel", (32, 64), MESH) == P("fsdp", "data")
     assert rules.spec("whole/kernel", (32, 64), MESH) == P(None, None)
-    assert rules.spec("kernel", (32, 64), MESH) == P(None, "fsdp")
+    assert rules.spec("kernel", (12, 64), MESH) == P(None, "fsdp")
 
 
 def test_axes_the_mesh_lacks_are_skipped():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -24,6 +24,8 @@ def plan(
     removed: int = 6,
     every_unit: bool = False,
     stored_text: bool = False,
+    remat: Literal["none", "full", "dots"] | None = None,
+    microbatches: int | None = None,
     checkpoint: Path | None = None,
     json_file: Annotated[Path | None, arg(name="json")] = None,
     overwrite: bool = False,
@@ -42,6 +44,8 @@ def plan(
         removed: blocks that the pruned student lacks.
         every_unit: exact layouts, a column for every stage and latent frame (--recipe.every-unit of training).
         stored_text: text features come with the latents (--recipe.text stored of training).
+        remat: what the backward pass recomputes instead of the preset's choice (--recipe.remat of training).
+        microbatches: passes per update instead of the preset's (--recipe.microbatches of training).
         checkpoint: folder of a training run that would go on; refused if it belongs to another preset.
         json_file: file for everything, as JSON.
         overwrite: replace an existing file.
@@ -61,6 +65,7 @@ def plan(
         raise UserError(f"--efficiency is {efficiency}, expected more than 0 and at most 1")
     count = None if batch in (None, "auto") else _number(batch)
     check_at_least(0, removed=removed)
+    check_at_least(1, microbatches=1 if microbatches is None else microbatches)
     known = [*plannable(chosen), GENERATE]
     for name in run:
         if name not in (*known, SWEEP):
@@ -84,9 +89,12 @@ def plan(
             say(f"{preset} {name}: compiling for {each.name}")
             wanted = {"every_unit": True} if every_unit else {}
             wanted |= {"text": "stored"} if stored_text else {}
+            wanted |= {} if remat is None else {"remat": remat}
+            wanted |= {} if microbatches is None else {"microbatches": microbatches}
             fixed = name in (GENERATE, SWEEP)
-            fields = () if fixed else type(chosen.run(name).recipe).__dataclass_fields__
-            changes = tuple((field, value) for field, value in wanted.items() if field in fields)
+            recipe = None if fixed else chosen.run(name).recipe  # text distillation has another kind of remat
+            same = {field for field, value in wanted.items() if type(getattr(recipe, field, None)) is type(value)}
+            changes = tuple((field, value) for field, value in wanted.items() if field in same)
             here = Settings(**vars(settings) | {"changes": changes})
             if batch == "auto" and not fixed:
                 plans.append(largest_batch(chosen, name, each, here, say=say))

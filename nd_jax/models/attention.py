@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 IN_CACHE = 2**20
 """Scores (all samples and heads) up to which a CPU computes all heads at once."""
+
+
+class Placed(NamedTuple):
+    """Tokens of an attention sequence: their places, known before compiling, and their segments, which are data."""
+
+    places: Int[np.ndarray, "l 2"]
+    """Group and time."""
+    segments: Int[Array, "b l"]
+
+    def __add__(self, other: Placed) -> Placed:
+        """One behind the other."""
+        places = np.concatenate([self.places, other.places])
+        return Placed(places, jnp.concatenate([self.segments, other.segments], axis=1))
 
 
 def causal_mask(times: Int[Array, "b l"], segments: Int[Array, "b l"], *, causal: bool = True) -> Bool[Array, "b l l"]:

@@ -26,7 +26,7 @@ class ShardingHooks:
     weights: Callable[[jax.Array, str], jax.Array] | None = None
     attention: Callable[..., jax.Array] | None = None
     """Takes the place of dense attention where every token's time is known before compiling: ``attention(q, k, v,
-    times, asking, segments)`` as ``splash.splash_attention``."""
+    asked, known)`` as ``splash.splash_attention``."""
     head_ways: tuple[int, int] = (1, 1)
     """Ways that heads are split, by the layer's weights and within each of these parts by attention alone."""
 

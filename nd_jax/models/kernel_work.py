@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 
 SCOPE = "attention_work_"
-PRODUCTS = {"_dkv": 5, "_dq": 3}
-"""Products of a backward kernel: scores again, and the gradients of probabilities, values, keys and queries (fused);
-the separate one for queries leaves two of them to the other. Forward: scores, and the weighted sum of values."""
+PRODUCTS = {"_dkv": 4, "_dq": 3}
+"""Products of the backward kernels: both compute scores and the gradients of probabilities again, one then those of
+keys and values, the other those of queries. Forward: scores, and the weighted sum of values."""
 FORWARD = 2
 
 

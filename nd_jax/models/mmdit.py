@@ -20,7 +20,7 @@ from nd_jax.models.embeddings import PatchEmbed, TimeTextEmbed
 from nd_jax.models.functional import Definition, Params
 from nd_jax.models.gates import BlockGates, Gates, of_last
 from nd_jax.models.hooks import ShardingHooks
-from nd_jax.models.mmdit_block import Block, Group, Inside, LastBlock, spread, xavier
+from nd_jax.models.mmdit_block import Block, Group, Inside, LastBlock, Tokens, spread, trailing, xavier
 from nd_jax.models.mmdit_config import MMDiTConfig
 from nd_jax.models.norms import AdaLayerNorm, modulate
 from nd_jax.models.positions import rope_tables, spatial_positions
@@ -123,7 +123,7 @@ class MMDiT(nnx.Module):
         """
         sample = [clips if isinstance(clips, Sequence) else [clips] for clips in sample]
         self._check(sample, text, pooled, timestep, layouts)
-        image, groups = self._tokens(sample, layouts)
+        image, tokens = self._tokens(sample, layouts)
         text = text.astype(self.dtype)
         if self.config.context_embedder:
             text = self._ready(self.context_embedder)(text)
@@ -135,7 +135,7 @@ class MMDiT(nnx.Module):
             image, text = (self.hooks.constrain(x, name) for x, name in zip(carry, ("image", "text"), strict=True))
             block = self._ready(nnx.merge(graphdef, layer))
             inside = Inside(gate, {} if inner else None)
-            new_image, new_text = block(image, text, conditioning, groups, self.hooks, inside)
+            new_image, new_text = block(image, text, conditioning, tokens, self.hooks, inside)
             out = (
                 (new_image, new_text) if return_blocks else None,
                 reducer(image, new_image, text, new_text) if reducer else None,
@@ -167,12 +167,12 @@ class MMDiT(nnx.Module):
         def last(image, text, state):
             block = self._ready(nnx.merge(graphdef, state))
             inside = Inside(of_last(gates), {} if inner else None)
-            image = block(image, text, conditioning, groups, self.hooks, inside, history=return_blocks)
+            image = block(image, text, conditioning, tokens, self.hooks, inside, history=return_blocks)
             return image, inner(inside.noted) if inner else None
 
         image, last_noted = self._remat(last, remat, looped=False)(image, text, state)
         image = self.hooks.constrain(image, "image")
-        predictions = self._predict(image, conditioning, groups, sample, history=return_blocks)
+        predictions = self._predict(image, conditioning, tokens, sample, history=return_blocks)
         extras = ([BlockStates(*states, image)] if return_blocks else []) + ([reduced] if reducer else [])
         extras += ([(noted, last_noted)] if inner else []) + ([] if known is None else [known])
         return (predictions, *extras) if extras else predictions
@@ -205,10 +205,10 @@ class MMDiT(nnx.Module):
         flat = [(path, leaf.replace(ready(path, leaf.get_value()))) for path, leaf in nnx.to_flat_state(state)]
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
-    def _tokens(self, sample, layouts) -> tuple[Float[Array, "b l d"], list[Group]]:
+    def _tokens(self, sample, layouts) -> tuple[Float[Array, "b l d"], Tokens]:
         """Patches with positions, all groups side by side, and what attention needs to know of each group."""
         config, embed = self.config, self._ready(self.pos_embed)
-        tokens, groups = [], []
+        tokens, groups, times = [], [], []
         for clips, layout in zip(sample, layouts, strict=True):
             patched = [embed(clip) for clip in clips]
             target = patched[-1].shape[2:4]
@@ -223,19 +223,19 @@ class MMDiT(nnx.Module):
                 tokens.append(x.reshape(x.shape[0], -1, config.width))
                 length += tokens[-1].shape[1]
             mask = causal_mask(layout.times, layout.segments, causal=config.use_temporal_causal)
-            cosines, sines = (x[:, :, None] for x in rope_tables(layout.times, config.attention_head_dim))
+            times.append(layout.times[:, layout.times.shape[1] - length :])
             fixed = getattr(layout, "fixed", None) if config.use_temporal_causal else None
-            groups.append(Group(length, tokens[-1].shape[1], mask, cosines, sines, layout.segments, fixed))
-        return jnp.concatenate(tokens, axis=1), groups
+            groups.append(Group(length, tokens[-1].shape[1], mask, layout.segments, fixed))
+        rows = max(len(each) for each in times)
+        times = jnp.concatenate([jnp.broadcast_to(each, (rows, each.shape[1])) for each in times], axis=1)
+        tables = (x[:, :, None] for x in rope_tables(times, config.attention_head_dim))
+        return jnp.concatenate(tokens, axis=1), Tokens(groups, *tables)
 
-    def _predict(self, image, conditioning, groups, sample, *, history: bool) -> list[Float[Array, "b t h w c"]]:
+    def _predict(self, image, conditioning, tokens, sample, *, history: bool) -> list[Float[Array, "b t h w c"]]:
         """Norm, project and unpatchify the current clips' tokens."""
         if history:
-            ends = [sum(g.length for g in groups[: i + 1]) for i in range(len(groups))]
-            image = jnp.concatenate(
-                [image[:, end - g.current : end] for end, g in zip(ends, groups, strict=True)], axis=1
-            )
-        lengths = [group.current for group in groups]
+            image = trailing(image, tokens.lengths, tokens.current)
+        lengths = tokens.current
         scale, shift = (spread(m, lengths) for m in self._ready(self.norm_out)(conditioning))
         out = self._ready(self.proj_out)(modulate(image, shift, scale))
         predictions, start, p = [], 0, self.config.patch_size

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from nd_jax.models.attention import attend
+from nd_jax.models.attention import Placed, attend
 from nd_jax.models.gates import IMAGE, TEXT, BlockGates, gated_pieces, gated_stream
 from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
 from nd_jax.models.norms import AdaLayerNorm, LayerNorm, NoNorm, RMSNorm, modulate
@@ -29,16 +30,39 @@ xavier = nnx.initializers.xavier_uniform()
 @dataclass(frozen=True)
 class Group:
     """What attention needs to know of one group: how many image tokens, how many of them at the end are the current
-    clip's, and over text and image tokens [B or 1, S+L] the mask and the rotary tables."""
+    clip's, and the mask over text and image tokens [B or 1, S+L]."""
 
     length: int
     current: int
     mask: Bool[Array, "b l l"]
-    cosines: Float[Array, "b l 1 r"]
-    sines: Float[Array, "b l 1 r"]
     segments: Int[Array, "b l"] | None = None
     fixed: tuple[int, ...] | None = None
     """Every token's time, where it is known before compiling."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All groups of a call, and the rotary tables of their image tokens side by side. Text stands at time 0, where
+    nothing turns."""
+
+    groups: Sequence[Group]
+    cosines: Float[Array, "b l 1 r"]
+    sines: Float[Array, "b l 1 r"]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Image tokens of every group."""
+        return [group.length for group in self.groups]
+
+    @property
+    def current(self) -> list[int]:
+        """Those of the current clips."""
+        return [group.current for group in self.groups]
+
+    def turn(self, x: Float[Array, "b l h k"], kept: Sequence[int], dtype: jnp.dtype) -> Float[Array, "b l h k"]:
+        """Queries or keys of each group's last ``kept`` image tokens, with their rotary embedding."""
+        tables = (trailing(table, self.lengths, kept) for table in (self.cosines, self.sines))
+        return apply_rope(x, *tables).astype(dtype)
 
 
 def spread(rows: Float[Array, "b*g d"], lengths: Sequence[int]) -> Float[Array, "b l d"]:
@@ -46,8 +70,18 @@ def spread(rows: Float[Array, "b*g d"], lengths: Sequence[int]) -> Float[Array, 
     rows = rows.reshape(-1, len(lengths), rows.shape[-1])
     if len(lengths) == 1:
         return rows
-    parts = [jnp.broadcast_to(rows[:, i, None], (rows.shape[0], n, rows.shape[-1])) for i, n in enumerate(lengths)]
-    return jnp.concatenate(parts, axis=1)
+
+    def by_pieces(rows: Array) -> Array:
+        shapes = [(rows.shape[0], n, rows.shape[-1]) for n in lengths]
+        return jnp.concatenate([jnp.broadcast_to(rows[:, i, None], each) for i, each in enumerate(shapes)], axis=1)
+
+    def by_product(rows: Array) -> Array:
+        chosen = np.repeat(np.eye(len(lengths), dtype=np.float32), lengths, axis=0)
+        chosen = jnp.asarray(chosen, rows.dtype)
+        return jnp.einsum("lg,bgd->bld", chosen, rows, precision=jax.lax.Precision.HIGHEST)
+
+    # Dozens of groups are as many copies, and as many sums backward; a TPU has products for both.
+    return jax.lax.platform_dependent(rows, tpu=by_product, default=by_pieces)
 
 
 def cut(x: Float[Array, "b l ..."], lengths: Sequence[int]) -> list[Float[Array, "b n ..."]]:
@@ -61,14 +95,12 @@ def trailing(x: Float[Array, "b l d"], lengths: Sequence[int], kept: Sequence[in
     return jnp.concatenate([jnp.split(piece, [n - k], axis=1)[1] for piece, n, k in pieces], axis=1)
 
 
-def join(text: Sequence[Array], image: Sequence[Array], groups: Sequence[Group]) -> list[tuple[Array, ...]]:
-    """Text [B*G, S, ...] put in front of image tokens [B, sum of lengths, ...]: one tuple of arrays per group."""
-    pairs = []
-    for t, x in zip(text, image, strict=True):
-        rows = jnp.split(t.reshape(-1, len(groups), *t.shape[1:]), len(groups), axis=1)
-        images = cut(x.astype(t.dtype), [group.length for group in groups])
-        pairs.append([jnp.concatenate([r[:, 0], i], axis=1) for r, i in zip(rows, images, strict=True)])
-    return list(zip(*pairs, strict=True))
+def join(
+    text: Float[Array, "n s h k"], image: Float[Array, "b l h k"], lengths: Sequence[int]
+) -> list[Float[Array, "b l h k"]]:
+    """Text [B*G, S, ...] put in front of the image tokens of its group: one array per group."""
+    rows = jnp.split(text.reshape(-1, len(lengths), *text.shape[1:]), len(lengths), axis=1)
+    return [jnp.concatenate([r[:, 0], x], axis=1) for r, x in zip(rows, cut(image, lengths), strict=True)]
 
 
 class JointAttention(nnx.Module):
@@ -167,27 +199,23 @@ class Block(nnx.Module):
         image: Float[Array, "b l d"],
         text: Float[Array, "n s d"],
         conditioning: Float[Array, "n d"],
-        groups: Sequence[Group],
+        tokens: Tokens,
         hooks: ShardingHooks = NO_HOOKS,
         inside: Inside | None = None,
     ) -> tuple[Float[Array, "b l d"], Float[Array, "n s d"]]:
         """Image and text tokens after the block, in the dtype they came in."""
-        inside = inside or Inside()
-        lengths = [group.length for group in groups]
+        inside, lengths = inside or Inside(), tokens.lengths
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, lengths) for m in self.norm1(conditioning))
         x = modulate(image, shift, scale)
-        image_heads = self.attn.image_queries(x), *self.attn.image_keys_values(x)
+        queries, (keys, values) = self.attn.image_queries(x), self.attn.image_keys_values(x)
+        image_heads = [tokens.turn(heads, lengths, image.dtype) for heads in (queries, keys)] + [values]
         context = [m[:, None] for m in self.norm1_context(conditioning)]
         y = modulate(text, context[0], context[1])
-        text_heads = self.attn.text_queries(y), *self.attn.text_keys_values(y)
-        channels = math.prod(image_heads[0].shape[2:])
+        text_heads = [x.astype(image.dtype) for x in (self.attn.text_queries(y), *self.attn.text_keys_values(y))]
+        channels = math.prod(queries.shape[2:])
         image_heads, text_heads = ([hooks.spread_heads(x) for x in each] for each in (image_heads, text_heads))
-
-        seen = attend_all(join(text_heads, image_heads, groups), groups, image.dtype, hooks)
-        seen = [jnp.split(x, [text.shape[1]], axis=1) for x in seen]
-        image_seen = hooks.own_heads(jnp.concatenate([x for _, x in seen], axis=1), channels)
-        text_seen = jnp.stack([x for x, _ in seen], axis=1).reshape(*text.shape[:2], -1)
-        text_seen = hooks.own_heads(text_seen, channels)
+        text_seen, image_seen = attend_all(text_heads, image_heads, tokens.groups, lengths, hooks)
+        text_seen, image_seen = hooks.own_heads(text_seen, channels), hooks.own_heads(image_seen, channels)
 
         image = image + inside.added(gate * self.attn.to_out(inside.seen(image_seen, IMAGE)), IMAGE)
         x = self.ff(modulate(image, mlp_shift, mlp_scale), inside, IMAGE)
@@ -211,7 +239,7 @@ class LastBlock(nnx.Module):
         image: Float[Array, "b l d"],
         text: Float[Array, "n s d"],
         conditioning: Float[Array, "n d"],
-        groups: Sequence[Group],
+        tokens: Tokens,
         hooks: ShardingHooks = NO_HOOKS,
         inside: Inside | None = None,
         *,
@@ -221,55 +249,76 @@ class LastBlock(nnx.Module):
 
         History leaves the network here, so unless asked for only its keys and values are computed.
         """
-        inside, lengths = inside or Inside(), [group.length for group in groups]
-        kept = lengths if history else [group.current for group in groups]
+        inside, lengths, dtype = inside or Inside(), tokens.lengths, image.dtype
+        kept = lengths if history else tokens.current
         modulation = self.norm1(conditioning)
         x = modulate(image, *(spread(m, lengths) for m in modulation[:2]))
         scale, shift = (m[:, None] for m in self.norm1_context(conditioning))
         y = modulate(text, shift, scale)
 
         queries = self.attn.image_queries(trailing(x, lengths, kept))
-        channels, queries = math.prod(queries.shape[2:]), hooks.spread_heads(queries)
-        image_heads, text_heads = self.attn.image_keys_values(x), self.attn.text_keys_values(y)
+        keys, values = self.attn.image_keys_values(x)
+        channels = math.prod(queries.shape[2:])
+        image_heads = tokens.turn(queries, kept, dtype), tokens.turn(keys, lengths, dtype), values
+        text_heads = [x.astype(dtype) for x in self.attn.text_keys_values(y)]
         image_heads, text_heads = ([hooks.spread_heads(x) for x in each] for each in (image_heads, text_heads))
-        joined = join(text_heads, image_heads, groups)
-        asked = [(q, *keys_values) for q, keys_values in zip(cut(queries, kept), joined, strict=True)]
-        seen = attend_all(asked, groups, image.dtype, hooks)
+        _, seen = attend_all([None, *text_heads], image_heads, tokens.groups, kept, hooks)
 
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, kept) for m in modulation)
-        seen = hooks.own_heads(jnp.concatenate(seen, axis=1), channels)
+        seen = hooks.own_heads(seen, channels)
         image = trailing(image, lengths, kept) + gate * self.attn.to_out(inside.seen(seen, IMAGE))
         return image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale), inside, IMAGE)
 
 
+Heads = Sequence[Float[Array, "b l h k"] | None]
+"""Queries, keys and values; without queries nobody asks."""
+
+
 def attend_all(
-    heads: Sequence[tuple[Array, Array, Array]], groups: Sequence[Group], dtype: jnp.dtype, hooks: ShardingHooks
-) -> list[Float[Array, "b q d"]]:
-    """Attention of every group: one by one, or all at once where the hooks offer it and the layouts are exact."""
-    if hooks.attention is None or any(group.fixed is None for group in groups):
-        return [joint_attention(*each, group, dtype) for each, group in zip(heads, groups, strict=True)]
-    turned = [turn(q, k, group, dtype) for (q, k, _), group in zip(heads, groups, strict=True)]
-    q, k, v = (
-        jnp.concatenate(parts, axis=1)
-        for parts in ([q for q, _ in turned], [k for _, k in turned], [v for *_, v in heads])
-    )
+    text: Heads, image: Heads, groups: Sequence[Group], kept: Sequence[int], hooks: ShardingHooks
+) -> tuple[Float[Array, "n s d"] | None, Float[Array, "b k d"]]:
+    """What text and each group's last ``kept`` image tokens see of their group: group by group, or all at once where
+    the hooks offer it and the layouts are exact."""
+    exact = hooks.attention is not None and all(group.fixed is not None for group in groups)
+    return (_at_once if exact else _one_by_one)(text, image, groups, kept, hooks)
+
+
+def _one_by_one(text: Heads, image: Heads, groups: Sequence[Group], kept: Sequence[int], _: ShardingHooks) -> tuple:
+    lengths, length = [group.length for group in groups], text[1].shape[1]
+    keys, values = (join(t, x, lengths) for t, x in zip(text[1:], image[1:], strict=True))
+    queries = cut(image[0], kept) if text[0] is None else join(text[0], image[0], kept)
+    seen = [
+        attend(q, k, v, group.mask[:, -q.shape[1] :])
+        for q, k, v, group in zip(queries, keys, values, groups, strict=True)
+    ]
+    if text[0] is None:
+        return None, jnp.concatenate(seen, axis=1)
+    parts = [jnp.split(x, [length], axis=1) for x in seen]
+    text_seen = jnp.stack([x for x, _ in parts], axis=1).reshape(*text[0].shape[:2], -1)
+    return text_seen, jnp.concatenate([x for _, x in parts], axis=1)
+
+
+def _at_once(text: Heads, image: Heads, groups: Sequence[Group], kept: Sequence[int], hooks: ShardingHooks) -> tuple:
+    """One sequence: the text of all groups, then all image tokens, so that nothing is cut or moved."""
+    length, count = text[1].shape[1], len(groups)
     rows = max(group.segments.shape[0] for group in groups)
-    segments = [jnp.broadcast_to(g.segments, (rows, g.segments.shape[1])) for g in groups]
-    asking = tuple(q.shape[1] for q, _ in turned)
-    times = tuple(group.fixed for group in groups)
-    return cut(hooks.attention(q, k, v, times, asking, jnp.concatenate(segments, axis=1)), asking)
 
+    def placed(chosen: Sequence[slice]) -> Placed:
+        """Some tokens of every group."""
+        pairs = list(zip(groups, chosen, strict=True))
+        places = [(index, time) for index, (group, part) in enumerate(pairs) for time in group.fixed[part]]
+        ids = [jnp.broadcast_to(x := group.segments[:, part], (rows, x.shape[1])) for group, part in pairs]
+        return Placed(np.array(places, np.int32), jnp.concatenate(ids, axis=1))
 
-def turn(q: Float[Array, "b q h k"], k: Float[Array, "b l h k"], group: Group, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Queries and keys with their rotary embedding; ``q`` may be the last tokens only."""
-    n = q.shape[1]
-    q = apply_rope(q, group.cosines[:, -n:], group.sines[:, -n:]).astype(dtype)
-    return q, apply_rope(k, group.cosines, group.sines).astype(dtype)
+    def flat(x: Float[Array, "n s h k"]) -> Float[Array, "b l h k"]:
+        return x.reshape(-1, count * length, *x.shape[2:])
 
-
-def joint_attention(
-    q: Float[Array, "b q h k"], k: Float[Array, "b l h k"], v: Float[Array, "b l h k"], group: Group, dtype: jnp.dtype
-) -> Float[Array, "b q d"]:
-    """Attention of one group over text and image tokens; ``q`` may be the last of them only."""
-    n = q.shape[1]
-    return attend(*turn(q, k, group, dtype), v, group.mask[:, -n:])
+    front = placed([slice(length)] * count)
+    asked = placed([slice(len(group.fixed) - n, None) for group, n in zip(groups, kept, strict=True)])
+    known = front + placed([slice(length, None)] * count)
+    keys, values = (jnp.concatenate([flat(t), x], axis=1) for t, x in zip(text[1:], image[1:], strict=True))
+    if text[0] is None:
+        return None, hooks.attention(image[0], keys, values, asked, known)
+    seen = hooks.attention(jnp.concatenate([flat(text[0]), image[0]], axis=1), keys, values, front + asked, known)
+    text_seen, image_seen = jnp.split(seen, [count * length], axis=1)
+    return text_seen.reshape(*text[0].shape[:2], -1), image_seen

@@ -6,7 +6,7 @@ memory. A fusion that only slices an operand reads the slice, one that updates a
 
 from __future__ import annotations
 
-from nd_jax.planning.hlo import Computation, Module, Operation, visits
+from nd_jax.planning.hlo import Array, Computation, Module, Operation, visits
 
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
@@ -29,19 +29,25 @@ def program_bytes(module: Module) -> float:
 def _moved(module: Module, computation: Computation, operation: Operation) -> int:
     inner = module.computations.get((operation.called("calls") or [""])[0]) if operation.kind == "fusion" else None
     total = sum(_read(computation, inner, name, place) for place, name in enumerate(operation.operands))
+    results = _results(operation)
     if operation.kind in ("dynamic-slice", "slice", "gather", "slice-start"):
-        total = 0 if computation.operand(operation).arrays[0].on_chip else operation.arrays[0].bytes
+        total = 0 if computation.operand(operation).arrays[0].on_chip else results[0].bytes
     if operation.kind == "dynamic-update-slice":
         return 2 * computation.operand(operation, 1).arrays[0].bytes
-    results = operation.arrays
-    if operation.kind.endswith("-start"):
-        results = results[:1]
     written = sum(array.bytes for array in results if not array.on_chip)
     if inner is not None:
         root = inner.operations.get(inner.root)
         if root is not None and root.kind == "dynamic-update-slice" and len(root.operands) > 1:
             written = min(written, inner.operand(root, 1).arrays[0].bytes)
     return total + written
+
+
+def _results(operation: Operation) -> list[Array]:
+    """What an operation writes. The start of an asynchronous one tells its operand and a context as well."""
+    if not operation.kind.endswith("-start"):
+        return operation.arrays
+    place = 0 if operation.kind in ("copy-start", "all-reduce-start") else 1
+    return operation.arrays[place : place + 1]
 
 
 def _read(computation: Computation, inner: Computation | None, name: str, place: int) -> int:
@@ -54,7 +60,7 @@ def _read(computation: Computation, inner: Computation | None, name: str, place:
         (o.name for o in inner.operations.values() if o.kind == "parameter" and o.inside.strip() == str(place)), None
     )
     users = [o for o in inner.operations.values() if parameter in o.operands]
-    if users and all(o.kind == "dynamic-slice" for o in users):
+    if users and all(o.kind in ("dynamic-slice", "slice") for o in users):
         return min(whole, sum(o.arrays[0].bytes for o in users))
     if users and all(o.kind == "dynamic-update-slice" and o.operands[0] == parameter for o in users):
         return 0

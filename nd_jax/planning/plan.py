@@ -27,7 +27,7 @@ SWEEP_PROMPTS, SWEEP_CHUNK, SWEEP_BATCH = 16, 32, 8
 """Prompts of a sweep, candidates of a device in a call and videos at a time, as its command has them."""
 KERNELS = (
     "part of flops_compiled that custom calls of splash attention compute; their text does not tell, so it is the "
-    "formula for the tiles that the static mask leaves (2 products forward, 5 backward). flops_analytic has dense "
+    "formula for the tiles that the static mask leaves (2 products forward, 7 backward). flops_analytic has dense "
     "attention over every pair of a layout instead"
 )
 """What the JSON says of kernels."""

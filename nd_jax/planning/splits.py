@@ -11,6 +11,7 @@ from nd_jax.recipes.decoder_distillation import DecoderRecipe
 from nd_jax.recipes.flow_matching import FlowRecipe
 from nd_jax.recipes.upscaler import UpscalerRecipe
 from nd_jax.training.mesh import MeshConfig
+from nd_jax.training.sharding import SLICES
 
 
 def parse_split(text: str) -> MeshConfig:
@@ -30,8 +31,9 @@ def parse_split(text: str) -> MeshConfig:
 def usual_split(
     chips: int, rows: int, heads: int | None = None, parts: Sequence[int] = (), what: str = "tokens"
 ) -> MeshConfig:
-    """All chips share the batch where its ``rows`` divide. What is left over splits ``what`` an example is made of, as
-    far as every number in ``parts`` divides, and then each layer, as far as ``heads`` divide.
+    """All chips share the batch where its ``rows`` divide, and up to ``SLICES`` of them the parameters. What is left
+    over splits ``what`` an example is made of, as far as every number in ``parts`` divides, and then each layer, as far
+    as ``heads`` divide.
 
     Raises UserError when no division works, saying which number does not divide. ``heads`` is None for networks whose
     layers cannot be split, ``parts`` empty for examples that cannot.
@@ -47,10 +49,11 @@ def usual_split(
         else:
             ways += f"{', and ' if parts else ''}{heads} heads do not divide by tensor={tensor}"
         raise UserError(
-            f"a batch of {rows} rows for {chips} chips: fsdp={most} leaves {left} ways, but {ways}; use a batch of a "
-            f"multiple of {chips} rows, or fewer chips"
+            f"a batch of {rows} rows for {chips} chips: data x fsdp={most} leaves {left} ways, but {ways}; use a batch "
+            f"of a multiple of {chips} rows, or fewer chips"
         )
-    return MeshConfig(data=1, fsdp=most, tensor=tensor, context=context)
+    slices = max(ways for ways in range(1, min(most, SLICES) + 1) if most % ways == 0)
+    return MeshConfig(data=most // slices, fsdp=slices, tensor=tensor, context=context)
 
 
 def recipe_split(chips: int, recipe: Any) -> MeshConfig:

@@ -87,6 +87,10 @@ SPLITS = {
     "two_objects_heldout": Split(
         "two_objects", "heldout_combinations", "two objects; training never shows either's combination"
     ),
+    "wide": Split("64x128", "seen", "one object anywhere in twice the width; training shows its combination"),
+    "wide_heldout": Split(
+        "64x128", "heldout_combinations", "one object anywhere in twice the width; training never shows its combination"
+    ),
 }
 FRAMES = min(split.world.frames for split in SPLITS.values())
 """Longest clip there is a truth for."""

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nd_jax.errors import UserError
+from nd_jax.models.attention import Placed
 from nd_jax.models.hooks import ShardingHooks
 from nd_jax.training.mesh import batch_entry, check_batch
 from nd_jax.training.sharding import DEFAULT_RULES, PARAM_AXES, Rules, axes_of
@@ -96,15 +97,16 @@ def splash_on(mesh: Mesh) -> Callable[..., jax.Array]:
     inner = tuple(axis for axis in ("tensor", "context") if axis in mesh.shape) or None
     interpret = not on_tpu(mesh)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, times: tuple, asking: tuple, segments: jax.Array) -> jax.Array:
-        segments = jax.numpy.broadcast_to(segments, (q.shape[0], segments.shape[1]))
-        heads = P(batch, None, inner, None)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, asked: Placed, known: Placed) -> jax.Array:
+        heads, rows = P(batch, None, inner, None), P(batch, None)
+        segments = [jax.numpy.broadcast_to(ids, (q.shape[0], ids.shape[1])) for ids in (asked.segments, known.segments)]
 
-        def part(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-            return splash_attention(q, k, v, times, asking, segments, interpret=interpret)
+        def part(q: jax.Array, k: jax.Array, v: jax.Array, asking: jax.Array, reading: jax.Array) -> jax.Array:
+            placed = asked._replace(segments=asking), known._replace(segments=reading)
+            return splash_attention(q, k, v, *placed, interpret=interpret)
 
-        places = {"in_specs": (heads, heads, heads, P(batch, None)), "out_specs": P(batch, None, inner)}
-        return jax.shard_map(part, mesh=mesh, check_vma=False, **places)(q, k, v, segments)
+        places = {"in_specs": (heads, heads, heads, rows, rows), "out_specs": P(batch, None, inner)}
+        return jax.shard_map(part, mesh=mesh, check_vma=False, **places)(q, k, v, *segments)
 
     return attend
 

@@ -36,7 +36,7 @@ class Rule:
     """Mesh axes of the trailing dimensions, the last one last; the ``layers`` axis is not counted and never split."""
     whole: bool = False
     """Keep away from ``PARAM_AXES``. Otherwise the largest dimension still free that divides goes to them (or to fsdp
-    alone, if only that divides)."""
+    alone, if only that divides), in slices of whole tiles if there are such."""
     label: str = "main"
     """Optimizer group, for learning rates; ``frozen`` parameters are not trained."""
     decay: bool = True
@@ -53,6 +53,10 @@ class Rule:
 
 PARAM_AXES = ("fsdp", "context")
 """Axes over which parameters, optimizer and averages lie in slices: both work on other tokens with the same weights."""
+
+SLICES = 16
+"""Ways of fsdp from which on ``context`` holds copies: a chip's memory is enough then, and slices stay many tiles high,
+which compilers gather and reduce without detours."""
 
 DEFAULT_TABLE = (
     Rule(r"(^|/)(bias|scale)$", whole=True, decay=False),
@@ -104,8 +108,11 @@ class Rules:
         if not rule.whole and all("fsdp" not in axes_of(entry) for entry in rule.dims):
             named = {axis for entry in entries for axis in axes_of(entry)}
             slices = tuple(axis for axis in PARAM_AXES if mesh.shape.get(axis, 1) > 1 and axis not in named)
-            for axes in dict.fromkeys((slices, slices[:1])):
-                dim = largest_free(shape[lead:], entries[lead:], mesh, self.minimum, axes)
+            if mesh.shape.get("fsdp", 1) >= SLICES:
+                slices = tuple(axis for axis in slices if axis == "fsdp")
+            tries = [(axes, aligned) for aligned in (True, False) for axes in dict.fromkeys((slices, slices[:1]))]
+            for axes, aligned in tries:
+                dim = largest_free(shape[lead:], entries[lead:], mesh, self.minimum, axes, aligned=aligned)
                 if dim is not None:
                     entries[lead + dim] = axes[0] if len(axes) == 1 else axes
                     break
@@ -175,12 +182,26 @@ def batch_shardings(spec: Tree, mesh: Mesh) -> Tree:
     return map_named(decide, spec)
 
 
+TILE = (8, 128)
+"""Rows and lanes of a TPU's tiles."""
+
+
 def largest_free(
-    shape: tuple[int, ...], entries: list[Any], mesh: Mesh, minimum: int, axes: tuple[str, ...] = ("fsdp",)
+    shape: tuple[int, ...],
+    entries: list[Any],
+    mesh: Mesh,
+    minimum: int,
+    axes: tuple[str, ...] = ("fsdp",),
+    *,
+    aligned: bool = False,
 ) -> int | None:
-    """The largest free dimension that ``axes`` divide (the first of equals: its slices are contiguous), or None."""
+    """The largest free dimension that ``axes`` divide (the first of equals: its slices are contiguous), or None.
+
+    ``aligned`` wants slices of whole tiles: a TPU's compiler gathers others by an all-reduce, at twice the bytes.
+    """
     ways = math.prod(mesh.shape.get(axis, 1) for axis in axes)
-    fits = [dim for dim, length in enumerate(shape) if entries[dim] is None and length % ways == 0]
+    tile = (*(1,) * (len(shape) - 2), *TILE)[-len(shape) :] if aligned else (1,) * len(shape)
+    fits = [dim for dim, n in enumerate(shape) if entries[dim] is None and n % (ways * tile[dim]) == 0]
     if ways == 1 or math.prod(shape) < minimum or not fits:
         return None
     return max(fits, key=lambda dim: shape[dim])
