@@ -5,7 +5,7 @@ set -euo pipefail
 : "${CLUSTER:?}" "${PROJECT:?}" "${ZONE:?}" "${IMAGE:?}"
 WORKLOAD=${WORKLOAD:-nd-jax-teacher}
 TPU_TYPE=${TPU_TYPE:-v5p-256}
-TRAIN=${TRAIN:-"nd-jax train neodragon_320p teacher --out=/data/runs/teacher --latents=/data/latents --start=/data/systems/start --loop.mesh.fsdp=64 --loop.mesh.context=2"}
+TRAIN=${TRAIN:-"nd-jax train neodragon_320p teacher --out=/data/runs/teacher --latents=/data/latents --start=/data/systems/start --loop.mesh.fsdp=16 --loop.mesh.context=8"}
 
 # DRY_RUN=1 writes the manifest and creates nothing.
 xpk workload create \

@@ -35,7 +35,8 @@ class Drawn:
 
     def videos(self, captions: Sequence[str], world: World, seed: int, control: str | None) -> Iterator[np.ndarray]:
         self.calls.append((len(captions), world, seed, control))
-        (prompts,) = (each for each in self.lists.values() if each.captions == tuple(captions))
+        here = (each for name, each in self.lists.items() if SPLITS[name].world == world)
+        (prompts,) = (each for each in here if each.captions == tuple(captions))
         order = np.arange(len(captions))
         if control is not None:
             order = np.random.Generator(np.random.Philox([seed, len(control)])).permutation(order)

@@ -33,7 +33,7 @@ def test_what_is_fixed():
     for protocol in PROTOCOLS.values():
         assert protocol.prompts % 9 == 0, "some motions would be asked for more often than others"
         assert protocol.prompt_seed == FULL.prompt_seed
-    assert {split.world_name for split in SPLITS.values()} == {"64x64", "two_objects"}
+    assert {split.world_name for split in SPLITS.values()} == {"64x64", "64x128", "two_objects"}
     short, long = (prompt_list(dataclasses.replace(QUICK, prompts=count), "two_objects") for count in (9, 18))
     assert short.captions == long.captions[:9]
     np.testing.assert_array_equal(short.labels, long.labels[:9])
@@ -106,7 +106,9 @@ def test_plain_prompts_have_no_templates():
     plain = dataclasses.replace(QUICK, plain=True)
     assert not set(chosen_splits(plain)) & set(TEMPLATES)
     assert prompt_list(plain, "seen").captions[0] == words.plain_caption(prompt_list(QUICK, "seen").labels[0])
-    assert chosen_splits(QUICK) == tuple(SPLITS)
+    usual = chosen_splits(QUICK)
+    assert usual == tuple(name for name in SPLITS if name not in ("wide", "wide_heldout"))
+    assert chosen_splits(QUICK, ("wide", "seen")) == ("seen", "wide"), "those that are named"
     assert chosen_splits(QUICK, ("two_objects", "seen")) == ("seen", "two_objects")
     for protocol, names, told in (
         (plain, ("heldout_templates",), "plain"),

@@ -41,7 +41,7 @@ def evaluate(
             a readings.json, whose systems are compared without generating again.
         out: folder for the report.
         protocol: quick: 36 prompts of each split, one video each. full: 144 prompts, three videos each.
-        splits: only these splits of the protocol; default: all.
+        splits: only these splits of the protocol; default: all but those of shapes_wide.
         controls: with --protocol, also generate without prompts and with untrained text encoders.
         prompts: how many of each split; default: 48, or what the protocol says.
         split: which prompts; without --protocol only.

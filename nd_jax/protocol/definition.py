@@ -70,6 +70,8 @@ class Split:
     about: str
     reworded: bool = False
     """Worded by training's templates, whatever the source does: the same labels."""
+    usual: bool = True
+    """Run unless others are named; off where the system that comes with the package has not been trained."""
 
     @property
     def world(self) -> World:
@@ -87,9 +89,13 @@ SPLITS = {
     "two_objects_heldout": Split(
         "two_objects", "heldout_combinations", "two objects; training never shows either's combination"
     ),
-    "wide": Split("64x128", "seen", "one object anywhere in twice the width; training shows its combination"),
+    "wide": Split(
+        "64x128", "seen", "one object anywhere in twice the width; training shows its combination", usual=False
+    ),
     "wide_heldout": Split(
-        "64x128", "heldout_combinations", "one object anywhere in twice the width; training never shows its combination"
+        *("64x128", "heldout_combinations"),
+        "one object anywhere in twice the width; training never shows its combination",
+        usual=False,
     ),
 }
 FRAMES = min(split.world.frames for split in SPLITS.values())
@@ -131,12 +137,12 @@ def prompt_list(protocol: Protocol, split: str) -> PromptList:
 
 
 def chosen_splits(protocol: Protocol, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """The splits to run, in their usual order; default: all that make sense.
+    """The splits to run, in their usual order; default: all usual ones that make sense.
 
     Raises UserError for unknown names, none, and for held-out templates where all prompts are worded alike.
     """
     known = [name for name in SPLITS if not (protocol.plain and name in TEMPLATES)]
-    names = tuple(known) if names is None else tuple(names)
+    names = tuple(name for name in known if SPLITS[name].usual) if names is None else tuple(names)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         plain = ", without templates because prompts are plain" if protocol.plain else ""
