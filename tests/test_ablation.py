@@ -85,9 +85,12 @@ def test_calls_and_passes():
     assert Entry(few, many).calls() == (29, 53)
     others = undistilled(many, few.sampling)
     plans = [each.system.sampling for each in others.values()]
-    assert [plan.grid for plan in plans] == ["plain", "official"]
+    assert [plan.grid for plan in plans] == ["plain", "official", "plain"]
     assert {(plan.first_steps, plan.later_steps) for plan in plans} == {((1, 1, 1), (2, 2, 1))}
-    assert all((plan.first_guidance, plan.later_guidance) == (2.0, 1.5) for plan in plans)
+    assert [(plan.first_guidance, plan.later_guidance) for plan in plans] == [(2.0, 1.5)] * 2 + [(1.0, 1.0)]
+    assert [entry.calls() for entry in others.values()] == [(8, 16), (8, 16), (8, 8)]
+    one = undistilled(many, SamplePlan((1, 1, 1), (1, 1, 1), grid="plain"))
+    assert list(one) == ["teacher, the student's calls, either grid", "teacher, the student's passes, not guided"]
     assert steps_of(Entry(many).about()) == "8-8-8 / 4-4-4"
     assert steps_of(Entry(few, many).about()) == "given / 2-2-1"
     codec = dataclasses.replace(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_mesh_axes import EVERYTHING, NETWORK, make_batch
 from test_mesh_axes import recipe as make_recipe
@@ -126,6 +127,24 @@ def test_the_kernel_needs_exact_layouts():
     assert drawn["unit"].shape == (4, 6)
     drawn = jax.jit(lambda key: made.draws(key)["unit"])(jax.random.key(0))
     np.testing.assert_array_equal(drawn, [[0, 0, 1, 1, 2, 2]] * 4)
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_what_is_kept_of_the_kernel(remat, forward):
+    """Its forward pass runs again in the backward pass only where nothing is kept. Programs of both kinds of block."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    made = make_recipe(mesh, batch=6, every_unit=True, remat=remat)
+    made.definitions[DENOISER] = definition(NETWORK, hooks=sharding_hooks(mesh, attention="splash"))
+    params = jax.eval_shape(made.init, jax.random.key(0)).params
+    batch = jax.eval_shape(lambda: {name: jnp.zeros(x.shape, x.dtype) for name, x in made.batch_spec().items()})
+
+    def gradients(params, batch):
+        examples = {name: x.reshape(1, 6, *x.shape[1:]) for name, x in batch.items()} | made.draws(jax.random.key(1))
+        return made._grads(params, examples)
+
+    traced = jax.make_jaxpr(gradients)(params, batch).jaxpr
+    found, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))  # as a compiler drops what nobody reads
+    assert str(found).count("= pallas_call[") == 2 * (forward + 2)
 
 
 def test_the_kernels_operations_are_counted_by_their_tiles():

@@ -33,7 +33,7 @@ def report_steps(
         out: folder for the report.
         teacher: the guided many-step system that all others are compared with.
         hybrid: names of rows that are shown once more after first frames of the teacher.
-        undistilled: also show the teacher at the first row's calls, on both step grids.
+        undistilled: also show the teacher at the first row's calls, on both step grids, and at its passes.
         protocol: quick: 36 prompts of each split, one video each. full: 144 prompts, three videos each.
         splits: of the protocol's.
         prompts: how many of each split; default: what the protocol says.

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+SEEN = "attention_seen"
+"""Name of what a kernel's backward pass needs of its forward pass, for remat policies."""
 IN_CACHE = 2**20
 """Scores (all samples and heads) up to which a CPU computes all heads at once."""
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nd_jax.errors import UserError
-from nd_jax.models.attention import causal_mask
+from nd_jax.models.attention import SEEN, causal_mask
 from nd_jax.models.embeddings import PatchEmbed, TimeTextEmbed
 from nd_jax.models.functional import Definition, Params
 from nd_jax.models.gates import BlockGates, Gates, of_last
@@ -101,7 +101,8 @@ class MMDiT(nnx.Module):
             return_blocks: also return every block's tokens.
             reducer: ``reducer(image_in, image_out, text_in, text_out)`` is run in every block but the last, image
                 [B, sum L, D] and text [B*G, S, D]; its results come back stacked on a leading axis.
-            remat: "none", "full" (keep block inputs only) or "dots" (keep the results of dense products).
+            remat: "none", "full" (keep block inputs only) or "dots" (keep the results of dense products and of
+                attention kernels).
             kept: run these stacked blocks only, in this order. Data, not structure: every selection of so many blocks
                 is the same program. Needs stacked parameters, not ``unstack``'s.
             known: what another call with the same inputs has found of other ``kept`` blocks. Those with which both
@@ -186,7 +187,9 @@ class MMDiT(nnx.Module):
         policy = {
             "none": all_but_gathered,
             "full": policies.nothing_saveable,
-            "dots": policies.dots_with_no_batch_dims_saveable,
+            "dots": policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SEEN)
+            ),
         }.get(remat or "none")
         if policy is None:
             raise UserError(f"MMDiT: remat is {remat!r}; supported: 'none', 'full', 'dots'")

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
-from nd_jax.models.attention import Placed
+from nd_jax.models.attention import SEEN, Placed
 from nd_jax.models.kernel_work import scope
 
 LANES = 128
@@ -85,7 +85,12 @@ def splash_attention(
     order = _order(asked.places, known.places)
     mask = masks.MultiHeadMask([order] * heads)
     attend = kernel.make_splash_mha(
-        mask, block_sizes=_blocks(*sizes), head_shards=1, q_seq_shards=1, interpret=interpret
+        mask,
+        block_sizes=_blocks(*sizes),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SEEN,
+        interpret=interpret,
     )
     q, k, v = (
         _fill(jnp.swapaxes(x, 1, 2), size, axis=2)

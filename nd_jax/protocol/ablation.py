@@ -56,17 +56,18 @@ def latent_frames(system: VideoSystem) -> int:
 
 
 def undistilled(teacher: VideoSystem, plan: SamplePlan) -> dict[str, Entry]:
-    """The teacher, guided, at a student's calls on both step grids."""
-    plans = {
-        grid: dataclasses.replace(
-            teacher.sampling, first_steps=plan.first_steps, later_steps=plan.later_steps, grid=grid, renew=False
-        )
-        for grid in ("plain", "official")
-    }
-    return {
-        f"teacher, the student's calls, {grid} grid": Entry(dataclasses.replace(teacher, sampling=each))
-        for grid, each in plans.items()
-    }
+    """The teacher, guided, at a student's calls on both step grids (which are one where every stage takes one step);
+    and on the plain grid at a student's passes, without guidance."""
+    few = dataclasses.replace(
+        teacher.sampling, first_steps=plan.first_steps, later_steps=plan.later_steps, grid="plain", renew=False
+    )
+    alike = max(*plan.first_steps, *plan.later_steps) == 1
+    plans = {f"the student's calls, {'either' if alike else 'plain'} grid": few}
+    if not alike:
+        plans["the student's calls, official grid"] = dataclasses.replace(few, grid="official")
+    if needs_negative(teacher.sampling):
+        plans["the student's passes, not guided"] = dataclasses.replace(few, first_guidance=1.0, later_guidance=1.0)
+    return {f"teacher, {what}": Entry(dataclasses.replace(teacher, sampling=each)) for what, each in plans.items()}
 
 
 @dataclass(frozen=True)
