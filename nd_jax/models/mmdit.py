@@ -187,9 +187,7 @@ class MMDiT(nnx.Module):
         policy = {
             "none": all_but_gathered,
             "full": policies.nothing_saveable,
-            "dots": policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SEEN)
-            ),
+            "dots": policies.save_from_both_policies(dense_products, policies.save_only_these_names(SEEN)),
         }.get(remat or "none")
         if policy is None:
             raise UserError(f"MMDiT: remat is {remat!r}; supported: 'none', 'full', 'dots'")
@@ -281,6 +279,12 @@ class MMDiT(nnx.Module):
                         f"MMDiT: layout {name} of group {g} has shape {shape}; "
                         f"expected [1 or {batch}, {tokens}], text first"
                     )
+
+
+def dense_products(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """Remat policy: keep the layers' products, none of which names a precision. Those that do only move numbers."""
+    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
+    return kept and params.get("precision") is None
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:

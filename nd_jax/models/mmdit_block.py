@@ -75,7 +75,6 @@ def spread(rows: Float[Array, "b*g d"], lengths: Sequence[int]) -> Float[Array, 
         shapes = [(rows.shape[0], n, rows.shape[-1]) for n in lengths]
         return jnp.concatenate([jnp.broadcast_to(rows[:, i, None], each) for i, each in enumerate(shapes)], axis=1)
 
-    @jax.checkpoint  # no remat policy should keep these
     def by_product(rows: Array) -> Array:
         chosen = np.repeat(np.eye(len(lengths), dtype=np.float32), lengths, axis=0)
         chosen = jnp.asarray(chosen, rows.dtype)

@@ -100,7 +100,6 @@ def _by_pairs(x: Array, cosines: Array, sines: Array) -> Array:
     return jnp.stack([even * cosines - odd * sines, even * sines + odd * cosines], axis=-1).reshape(x.shape)
 
 
-@jax.checkpoint  # no remat policy should keep the product
 def _by_product(x: Array, cosines: Array, sines: Array) -> Array:
     """Neighbours change places in a product with a small matrix of zeros, ones and minus ones: pairs as an axis of
     their own would fill a TPU's lanes with two values each. HIGH keeps 16 bits of every value."""

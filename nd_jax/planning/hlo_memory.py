@@ -34,12 +34,26 @@ def _moved(module: Module, computation: Computation, operation: Operation) -> in
         total = 0 if computation.operand(operation).arrays[0].on_chip else results[0].bytes
     if operation.kind == "dynamic-update-slice":
         return 2 * computation.operand(operation, 1).arrays[0].bytes
-    written = sum(array.bytes for array in results if not array.on_chip)
-    if inner is not None:
-        root = inner.operations.get(inner.root)
-        if root is not None and root.kind == "dynamic-update-slice" and len(root.operands) > 1:
-            written = min(written, inner.operand(root, 1).arrays[0].bytes)
-    return total + written
+    if inner is None:
+        return total + sum(array.bytes for array in results if not array.on_chip)
+    root = inner.operations.get(inner.root)
+    parts = [] if root is None else [root]
+    if root is not None and root.kind == "tuple":
+        parts = [inner.operations.get(name) for name in root.operands]
+    if len(parts) != len(results):
+        parts = [None] * len(results)
+    return total + sum(
+        _written(inner, part, array) for part, array in zip(parts, results, strict=True) if not array.on_chip
+    )
+
+
+def _written(inner: Computation, part: Operation | None, array: Array) -> int:
+    """Of one result of a fusion, made by ``part``: all of it, or the slice that is updated."""
+    if part is not None and part.kind == "bitcast":
+        part = inner.operations.get(part.operands[0])
+    if part is not None and part.kind == "dynamic-update-slice" and len(part.operands) > 1:
+        return min(array.bytes, inner.operand(part, 1).arrays[0].bytes)
+    return array.bytes
 
 
 def _results(operation: Operation) -> list[Array]:
