@@ -95,7 +95,7 @@ def alone():
             *(P(None, None, "tensor"), P(None, "tensor", None)),
             marks=pytest.mark.heavy,
         ),
-        (MeshConfig(fsdp=2, tensor=2, context=2), 8, P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")),
+        (MeshConfig(fsdp=2, tensor=2, context=2), 8, P(None, "fsdp", "tensor"), P(None, "tensor", ("fsdp", "context"))),
     ],
 )
 def test_an_update_is_the_same_on_any_mesh(alone, sizes, devices, up, down):

@@ -14,8 +14,9 @@ class ShardingHooks:
     """Two optional functions that a network calls at fixed points; both default to the identity.
 
     ``activation(x, name)`` constrains activations: ``"image"`` [B, L, D] and ``"text"`` [B, S, D] at block boundaries,
-    ``"heads"`` [B, L, H, K] (queries, keys and values before attention) and ``"seen"`` [B, L, D] (after it),
-    ``"prompts"`` [N, S, D] in text encoders, and ``"pixels"`` [B, ..., H, W, C] in networks of convolutions.
+    ``"projected"`` and ``"heads"`` [B, L, H, K] (queries, keys and values as made, and before attention), ``"seen"``
+    [B, L, D] (after it), ``"prompts"`` [N, S, D] in text encoders, and ``"pixels"`` [B, ..., H, W, C] in networks of
+    convolutions.
     ``weights(w, name)`` receives one layer's weight, kernels already in the compute dtype, inside the scan body, with
     its path inside the layer (``"attn/to_q/kernel"``), and typically gathers it: the wire then carries bf16 and only
     one layer is whole at a time. It may change the sharding only, by a sharding constraint, reshard or all-gather; what
@@ -36,7 +37,9 @@ class ShardingHooks:
 
     def spread_heads(self, x: jax.Array) -> jax.Array:
         """Queries, keys or values [B, L, H, K] as attention should find them: behind every part's heads stand as many
-        of zeros [B, L, H', K] as make them divide."""
+        of zeros [B, L, H', K] as make them divide. First they lie as their layer's input does, so that its gradient is
+        summed over every token once and not by all that share the heads."""
+        x = self.constrain(x, "projected")
         parts, ways = self.head_ways
         if x.shape[2] % parts == 0 and (spare := -(x.shape[2] // parts) % ways):
             split = x.reshape(*x.shape[:2], parts, -1, x.shape[3])

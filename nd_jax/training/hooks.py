@@ -54,7 +54,8 @@ def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES, *, attention: Atten
             ways = math.prod(mesh.shape[axis] for axis in axes)
             if x.shape[dim] % ways:
                 told = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
-                what = {"heads": "heads", "pixels": "lines"}.get(name, "tokens" if dim == 1 else "channels")
+                what = "heads" if name in ("heads", "projected") else "channels"
+                what = "lines" if name == "pixels" else "tokens" if dim == 1 else what
                 raise UserError(
                     f"activation {name!r} {list(x.shape)}: {x.shape[dim]} {what} do not divide by mesh axes {told}; "
                     f"choose sizes that divide {x.shape[dim]}"
@@ -116,6 +117,8 @@ def _dims(name: str, x: jax.Array, inner: tuple[str, ...]) -> list[tuple[str, ..
     context, tensor = (tuple(axis for axis in inner if axis == wanted) for wanted in ("context", "tensor"))
     if name == "heads":
         return [(), inner, ()] if inner else None
+    if name == "projected":
+        return [context, tensor, ()] if inner else None
     if name == "seen":
         return [context, tensor] if inner else None
     if name == "pixels":
