@@ -26,6 +26,8 @@ from nd_jax.recipes.flow_matching import FlowRecipe, FlowRecipeConfig
 Rule = Literal["sqrt", "linear"]
 RULES: tuple[Rule, ...] = ("sqrt", "linear")
 FACTORS = (1, 4, 16, 64)
+HELD_OUT = 96
+"""Examples that the loss is measured on, at most; at least a usual batch."""
 Make = Callable[[FlowRecipeConfig], FlowRecipe]
 """The recipe of a configuration, everything else fixed."""
 
@@ -93,12 +95,13 @@ def compare(
         raise UserError(
             f"batch scaling: {len(held_out)} held-out examples, expected at least one batch, {config.batch}"
         )
-    usual = make(scaled(config, 1, "linear"))
-    loss = jax.jit(lambda ema, examples: usual.loss(ema, examples)[0])
-    batch = next(_stream(usual, held_out, seed, shuffle=False, **reading))
-    groups = len(usual.columns)
+    many = config.batch * max(1, min(len(held_out), HELD_OUT) // config.batch)
+    judge = make(dataclasses.replace(scaled(config, 1, "linear"), batch=many))
+    loss = jax.jit(lambda ema, examples: judge.loss(ema, examples)[0])
+    batch = next(_stream(judge, held_out, seed, shuffle=False, **reading))
+    groups = len(judge.columns)
     examples = {name: jnp.asarray(x).reshape(-1, groups, *x.shape[1:]) for name, x in batch.items()}
-    examples |= usual.draws(jax.random.key(seed + 1))
+    examples |= judge.draws(jax.random.key(seed + 1))
 
     rows: list[Row] = []
     for factor in factors:

@@ -15,8 +15,9 @@ class ShardingHooks:
 
     ``activation(x, name)`` constrains activations: ``"image"`` [B, L, D] and ``"text"`` [B, S, D] at block boundaries,
     ``"projected"`` and ``"heads"`` [B, L, H, K] (queries, keys and values as made, and before attention), ``"seen"``
-    [B, L, D] (after it), ``"prompts"`` [N, S, D] in text encoders, and ``"pixels"`` [B, ..., H, W, C] in networks of
-    convolutions.
+    [B, L, D] (after it), ``"whole"`` [B, L, D] (all tokens of an example on one device, where they are cut into groups:
+    a compiler exchanges borders piece by piece otherwise), ``"prompts"`` [N, S, D] in text encoders, and ``"pixels"``
+    [B, ..., H, W, C] in networks of convolutions.
     ``weights(w, name)`` receives one layer's weight, kernels already in the compute dtype, inside the scan body, with
     its path inside the layer (``"attn/to_q/kernel"``), and typically gathers it: the wire then carries bf16 and only
     one layer is whole at a time. It may change the sharding only, by a sharding constraint, reshard or all-gather; what

@@ -230,15 +230,15 @@ class MMDiT(nnx.Module):
         rows = max(len(each) for each in times)
         times = jnp.concatenate([jnp.broadcast_to(each, (rows, each.shape[1])) for each in times], axis=1)
         tables = (x[:, :, None] for x in rope_tables(times, config.attention_head_dim))
-        return jnp.concatenate(tokens, axis=1), Tokens(groups, *tables)
+        return self.hooks.constrain(jnp.concatenate(tokens, axis=1), "whole"), Tokens(groups, *tables)
 
     def _predict(self, image, conditioning, tokens, sample, *, history: bool) -> list[Float[Array, "b t h w c"]]:
         """Norm, project and unpatchify the current clips' tokens."""
         if history:
-            image = trailing(image, tokens.lengths, tokens.current)
+            image = trailing(image, tokens.lengths, tokens.current, self.hooks)
         lengths = tokens.current
         scale, shift = (spread(m, lengths) for m in self._ready(self.norm_out)(conditioning))
-        out = self._ready(self.proj_out)(modulate(image, shift, scale))
+        out = self.hooks.constrain(self._ready(self.proj_out)(modulate(image, shift, scale)), "whole")
         predictions, start, p = [], 0, self.config.patch_size
         for clips, n in zip(sample, lengths, strict=True):
             b, t, height, width, c = clips[-1].shape

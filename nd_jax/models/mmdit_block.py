@@ -89,10 +89,13 @@ def cut(x: Float[Array, "b l ..."], lengths: Sequence[int]) -> list[Float[Array,
     return jnp.split(x, list(itertools.accumulate(lengths[:-1])), axis=1)
 
 
-def trailing(x: Float[Array, "b l d"], lengths: Sequence[int], kept: Sequence[int]) -> Float[Array, "b k d"]:
+def trailing(
+    x: Float[Array, "b l d"], lengths: Sequence[int], kept: Sequence[int], hooks: ShardingHooks = NO_HOOKS
+) -> Float[Array, "b k d"]:
     """The last ``kept`` of each group's image tokens."""
-    pieces = zip(cut(x, lengths), lengths, kept, strict=True)
-    return jnp.concatenate([jnp.split(piece, [n - k], axis=1)[1] for piece, n, k in pieces], axis=1)
+    pieces = zip(cut(hooks.constrain(x, "whole"), lengths), lengths, kept, strict=True)
+    x = jnp.concatenate([jnp.split(piece, [n - k], axis=1)[1] for piece, n, k in pieces], axis=1)
+    return hooks.constrain(hooks.constrain(x, "whole"), "image")
 
 
 def join(
@@ -256,7 +259,7 @@ class LastBlock(nnx.Module):
         scale, shift = (m[:, None] for m in self.norm1_context(conditioning))
         y = modulate(text, shift, scale)
 
-        queries = self.attn.image_queries(trailing(x, lengths, kept))
+        queries = self.attn.image_queries(trailing(x, lengths, kept, hooks))
         keys, values = self.attn.image_keys_values(x)
         channels = math.prod(queries.shape[2:])
         image_heads = tokens.turn(queries, kept, dtype), tokens.turn(keys, lengths, dtype), values
@@ -266,7 +269,7 @@ class LastBlock(nnx.Module):
 
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = (spread(m, kept) for m in modulation)
         seen = hooks.own_heads(seen, channels)
-        image = trailing(image, lengths, kept) + gate * self.attn.to_out(inside.seen(seen, IMAGE))
+        image = trailing(image, lengths, kept, hooks) + gate * self.attn.to_out(inside.seen(seen, IMAGE))
         return image + mlp_gate * self.ff(modulate(image, mlp_shift, mlp_scale), inside, IMAGE)
 
 

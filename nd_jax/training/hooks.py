@@ -117,6 +117,8 @@ def _dims(name: str, x: jax.Array, inner: tuple[str, ...]) -> list[tuple[str, ..
     context, tensor = (tuple(axis for axis in inner if axis == wanted) for wanted in ("context", "tensor"))
     if name == "heads":
         return [(), inner, ()] if inner else None
+    if name == "whole":
+        return [(), ()] if inner else None
     if name == "projected":
         return [context, tensor, ()] if inner else None
     if name == "seen":

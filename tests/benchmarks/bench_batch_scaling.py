@@ -5,7 +5,7 @@
 
 ``LATENTS`` is a folder of `nd-jax data latents` or `data precompute`; its last clips are held out for the loss. What is
 compared is said in `nd_jax/batch_scaling.py`. Every row is printed when it is done. An update of the largest batch
-costs 64 usual ones: on a CPU take few ``--steps`` and ``--factors 1 4``.
+costs 64 usual ones: on a CPU take a small ``--batch``.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from nd_jax.batch_scaling import FACTORS, compare, table
+from nd_jax.batch_scaling import FACTORS, HELD_OUT, compare, table
 from nd_jax.data.shard_sources import open_latents
 from nd_jax.errors import UserError
 from nd_jax.models.system import CODEC
@@ -43,6 +43,7 @@ def main():
     parser.add_argument("--start", type=Path, required=True)
     parser.add_argument("--latents", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch", type=int, help="the usual batch, instead of the run's")
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--factors", type=int, nargs="+", default=FACTORS)
     parser.add_argument("--json", type=Path)
@@ -51,10 +52,10 @@ def main():
     run = preset.run(options.run)
     if type(run) is not FlowRun:
         raise UserError(f"{options.run} is no run of flow matching; expected one that is, such as recovery")
-    config = dataclasses.replace(run.recipe, train_text=False)
+    config = dataclasses.replace(run.recipe, train_text=False, batch=options.batch or run.recipe.batch)
     source = open_latents(options.latents, dropout=config.caption_dropout)
     clips = len(source.latents)
-    kept = clips - config.batch
+    kept = clips - max(config.batch, HELD_OUT)
     numbers = [n for n in range(len(source)) if n % clips < kept]
 
     def make(chosen):
