@@ -222,7 +222,7 @@ def test_hooks_shard_batch_and_weights_without_changing_the_result(mesh):
     hooks = ShardingHooks(activation=activation, weights=weights)
     sharded = run(SMALL, split(mesh, params), inputs, hooks=hooks)
     assert close(sharded, run(SMALL, params, inputs))
-    assert set(names) == {"image", "text", "heads", "seen"}
+    assert set(names) == {"image", "text", "projected", "heads", "seen", "whole"}
     assert {"attn/to_q/kernel", "ff/up/bias", "linear/kernel", "kernel"} <= set(paths)
     dtypes.clear()
     *arrays, layouts = inputs
