@@ -8,13 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 from nd_jax.models.kernel_work import kernel_flops
 
 
 def traced_flops(function: Callable, *args: Any) -> float:
-    """Of one call; the arguments may be abstract. Nothing is compiled or run."""
-    return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    """Of one call; the arguments may be abstract. Nothing is compiled or run. What nobody reads does not count: remat
+    leaves such passes of a kernel behind."""
+    traced = jax.make_jaxpr(function)(*args).jaxpr
+    return jaxpr_flops(partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))[0])
 
 
 def jaxpr_flops(jaxpr: Any, where: str = "") -> float:
