@@ -22,7 +22,7 @@ def plan(
     efficiency: float = 0.75,
     text_tokens: int | None = None,
     removed: int = 6,
-    every_unit: bool = False,
+    every_unit: bool | None = None,
     stored_text: bool = False,
     remat: Literal["none", "full", "dots"] | None = None,
     microbatches: int | None = None,
@@ -43,12 +43,12 @@ def plan(
         efficiency: share of their peak that matrix units are taken to reach, for the derated bound.
         text_tokens: real tokens of a prompt; default: all that fit.
         removed: blocks that the pruned student lacks.
-        every_unit: exact layouts, a column for every stage and latent frame (--recipe.every-unit of training).
+        every_unit: exact layouts, a column for every stage and latent frame, or not, instead of the preset's choice
+            (--recipe.every-unit of training).
         stored_text: text features come with the latents (--recipe.text stored of training).
         remat: what the backward pass recomputes instead of the preset's choice (--recipe.remat of training).
         microbatches: passes per update instead of the preset's (--recipe.microbatches of training).
-        effort: how hard the compiler optimises (JAX's jax_optimization_level). O1 takes less than half of the time and
-            tells a few percent more traffic to memory than training's own programs have.
+        effort: how hard the compiler optimises (JAX's jax_optimization_level). O1 takes less than half of the time.
         checkpoint: folder of a training run that would go on; refused if it belongs to another preset.
         json_file: file for everything, as JSON.
         overwrite: replace an existing file.
@@ -94,7 +94,7 @@ def plan(
     for each in slices:
         for name in run or known:
             say(f"{preset} {name}: compiling for {each.name}")
-            wanted = {"every_unit": True} if every_unit else {}
+            wanted: dict[str, Any] = {} if every_unit is None else {"every_unit": every_unit}
             wanted |= {"text": "stored"} if stored_text else {}
             wanted |= {} if remat is None else {"remat": remat}
             wanted |= {} if microbatches is None else {"microbatches": microbatches}

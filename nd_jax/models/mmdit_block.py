@@ -283,10 +283,10 @@ def attend_all(
     """What text and each group's last ``kept`` image tokens see of their group: group by group, or all at once where
     the hooks offer it and the layouts are exact."""
     exact = hooks.attention is not None and all(group.fixed is not None for group in groups)
-    return (_at_once if exact else _one_by_one)(text, image, groups, kept, hooks)
+    return (_at_once if exact else _group_by_group)(text, image, groups, kept, hooks)
 
 
-def _one_by_one(text: Heads, image: Heads, groups: Sequence[Group], kept: Sequence[int], _: ShardingHooks) -> tuple:
+def _group_by_group(text: Heads, image: Heads, groups: Sequence[Group], kept: Sequence[int], _: ShardingHooks) -> tuple:
     lengths, length = [group.length for group in groups], text[1].shape[1]
     keys, values = (join(t, x, lengths) for t, x in zip(text[1:], image[1:], strict=True))
     queries = cut(image[0], kept) if text[0] is None else join(text[0], image[0], kept)
