@@ -314,14 +314,14 @@ def test_a_compiled_program_becomes_a_row():
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_a_small_step_compiles_for_every_generation(name):
-    """The shapes teacher of two blocks: counts agree, memory is told, and bounds are in order."""
+    """Recovery of a shapes system of three blocks: counts agree, memory is told, and bounds are in order."""
     pytest.importorskip("libtpu")
     preset = load_preset("shapes_base")
     network = dataclasses.replace(preset.system.diffusion_transformer, num_layers=3)
     preset = dataclasses.replace(preset, system=dataclasses.replace(preset.system, diffusion_transformer=network))
     topology = parse_topology(name)
-    columns = len(recipe_program(preset, "teacher", ALONE).recipe.columns)
-    found = plan_run(preset, "teacher", topology, Settings(batch=4 * columns, mesh=MeshConfig(fsdp=4)))
+    columns = len(recipe_program(preset, "recovery", ALONE, removed=1).recipe.columns)
+    found = plan_run(preset, "recovery", topology, Settings(batch=4 * columns, mesh=MeshConfig(fsdp=4), removed=1))
     assert len(topology_devices(topology)) == topology.chips == 4
     assert found["flops_difference"] == pytest.approx(0, abs=0.1)
     assert 0 < found["peak_gib"] < found["hbm_gib"]
