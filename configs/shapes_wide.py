@@ -10,7 +10,6 @@ Commands: nd-jax data prepare shapes_wide --out CLIPS --clips 4096 --seed 21
 import dataclasses
 
 from nd_jax.configs import shapes_base as base
-from nd_jax.recipes.preset import FlowRun
 from nd_jax.training.loop import LoopConfig
 
 UPDATES = 400
@@ -24,7 +23,7 @@ def steps_run(name: str, **changes):
     return dataclasses.replace(run, recipe=recipe, loop=LoopConfig(steps=UPDATES, save_every=100, log_every=10))
 
 
-teacher: FlowRun = dataclasses.replace(
+teacher = dataclasses.replace(
     base.flow(900, 8e-4, schedule="linear", ema_decay=0.99, batch=24, stage_mix=(1, 1, 2)),
     loop=LoopConfig(steps=900, save_every=150, log_every=25),
 )

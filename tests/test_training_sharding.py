@@ -67,6 +67,7 @@ def test_first_matching_rule_decides_and_dims_count_from_the_end():
     assert rules.spec("blocks/to_q/kernel", (6, 32, 64), MESH) == P(None, "fsdp", "data")
     assert rules.spec("to_q/kernel", (32, 64), MESH) == P("fsdp", "data")
     assert rules.spec("whole/kernel", (32, 64), MESH) == P(None, None)
+    assert rules.spec("kernel", (32, 64), MESH) == P("fsdp", None), "slices of whole tiles"
     assert rules.spec("kernel", (12, 64), MESH) == P(None, "fsdp")
 
 

@@ -70,7 +70,8 @@ def plan(
         raise UserError(f"--efficiency is {efficiency}, expected more than 0 and at most 1")
     count = None if batch in (None, "auto") else _number(batch)
     check_at_least(0, removed=removed)
-    check_at_least(1, microbatches=1 if microbatches is None else microbatches)
+    if microbatches is not None:
+        check_at_least(1, microbatches=microbatches)
     known = [*plannable(chosen), GENERATE]
     for name in run:
         if name not in (*known, SWEEP):
@@ -90,18 +91,18 @@ def plan(
         text_tokens=text_tokens,
         removed=removed,
     )
+    text = "stored" if stored_text else None
+    asked = {"every_unit": every_unit, "text": text, "remat": remat, "microbatches": microbatches}
+    wanted = {field: value for field, value in asked.items() if value is not None}
     plans: list[dict[str, Any]] = []
     for each in slices:
         for name in run or known:
             say(f"{preset} {name}: compiling for {each.name}")
-            wanted: dict[str, Any] = {} if every_unit is None else {"every_unit": every_unit}
-            wanted |= {"text": "stored"} if stored_text else {}
-            wanted |= {} if remat is None else {"remat": remat}
-            wanted |= {} if microbatches is None else {"microbatches": microbatches}
             fixed = name in (GENERATE, SWEEP)
             recipe = None if fixed else chosen.run(name).recipe  # text distillation has another kind of remat
-            same = {field for field, value in wanted.items() if type(getattr(recipe, field, None)) is type(value)}
-            changes = tuple((field, value) for field, value in wanted.items() if field in same)
+            changes = tuple(
+                (field, value) for field, value in wanted.items() if type(getattr(recipe, field, None)) is type(value)
+            )
             here = Settings(**vars(settings) | {"changes": changes})
             if batch == "auto" and not fixed:
                 plans.append(largest_batch(chosen, name, each, here, say=say))

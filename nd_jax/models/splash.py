@@ -7,7 +7,7 @@ is static and skips whole blocks, and of its own segment, which is data (padded 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def splash_attention(
         _fill(jnp.swapaxes(x, 1, 2), size, axis=2)
         for x, size in zip((q * dim**-0.5, k, v), (sizes[0], sizes[1], sizes[1]), strict=True)
     )
-    with jax.named_scope(scope(batch * heads * dim * visited_pairs(asked.places, known.places))):
+    with jax.named_scope(scope(batch * heads * dim * _visited(order))):
         out = jax.vmap(lambda q, k, v, a, b: attend(q, k, v, kernel.SegmentIds(a, b)))(q, k, v, *ids)
     return jnp.swapaxes(out[:, :, :length], 1, 2).reshape(batch, length, -1)
 
@@ -135,7 +135,11 @@ def _blocks(queries: int, keys: int) -> kernel.BlockSizes:
 
 def visited_pairs(asked: Int[np.ndarray, "q 2"], known: Int[np.ndarray, "k 2"]) -> int:
     """Pairs of a query and a key in tiles that the kernel computes: what its arithmetic is counted by."""
-    order = _order(asked, known)
+    return _visited(_order(asked, known))
+
+
+@cache
+def _visited(order: Order) -> int:
     blocks = _blocks(*order.shape)
     tiles = sum(
         bool(order[slice(i, i + blocks.block_q), slice(j, j + blocks.block_kv)].any())
