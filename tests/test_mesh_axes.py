@@ -147,3 +147,12 @@ def test_what_does_not_divide_is_told_by_axis():
         jax.eval_shape(lambda x: hooks.constrain(x.reshape(8, 10, 24), "image"), x)
     with pytest.raises(UserError, match=r"to_q/kernel \[2, 6, 6\]: dimension 2 .* tensor=4"):
         DEFAULT_RULES.spec("blocks/attn/to_q/kernel", (2, 6, 6), make_mesh(MeshConfig(fsdp=2, tensor=4)))
+
+
+def test_a_single_line_of_a_picture_for_each_device_is_refused():
+    hooks = sharding_hooks(make_mesh(MeshConfig(fsdp=2, context=4)))
+    few, enough = (jax.ShapeDtypeStruct((8, 3, lines, 6, 4), jnp.float32) for lines in (4, 8))
+    assert jax.eval_shape(lambda x: hooks.constrain(x, "pixels"), enough).shape == enough.shape
+    told = r"'pixels' \[8, 3, 4, 6, 4\]: 4 lines over mesh axis context=4 are one for each device.* smaller context"
+    with pytest.raises(UserError, match=told):
+        jax.eval_shape(lambda x: hooks.constrain(x, "pixels"), few)

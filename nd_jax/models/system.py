@@ -77,13 +77,14 @@ class Conditions(NamedTuple):
 
 
 def whole_kernels(params: Params, dtype: Any, hooks: ShardingHooks) -> Params:
-    """A network's parameters with those kernels passed through ``hooks`` that are no part of a stack, in ``dtype``."""
+    """A network's parameters with those kernels passed through ``hooks`` that are no part of a stack, in ``dtype``:
+    matrices and convolutions."""
     if hooks.weights is None:
         return params
 
     def ready(path: tuple, w: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        alone = w.ndim == 2 and name.endswith("kernel")
+        alone = w.ndim in (2, 4, 5) and name.endswith("kernel")
         return hooks.gather(w.astype(dtype), name) if alone else w
 
     return jax.tree_util.tree_map_with_path(ready, params)

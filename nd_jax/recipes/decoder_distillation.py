@@ -21,6 +21,7 @@ from nd_jax.models.causal_vae import NativeVAEConfig, definition, posterior
 from nd_jax.models.codec_config import CodecConfig
 from nd_jax.models.functional import Params
 from nd_jax.models.hooks import NO_HOOKS, ShardingHooks
+from nd_jax.models.system import whole_kernels
 from nd_jax.recipes.coarse_start import coarse_start
 from nd_jax.recipes.multiscale import MultiscaleConfig, multiscale_terms
 from nd_jax.recipes.perceptual import Lpips
@@ -175,6 +176,7 @@ class DecoderRecipe:
     def loss(self, params: Params, examples: dict[str, Array], frozen: Params) -> tuple[Array, dict[str, Array]]:
         """Mean loss over clips, and its terms; ``examples`` has ``video`` in uint8 and what ``draws`` gives."""
         config = self.config
+        params, frozen = self._whole(params), self._whole(frozen)
         video = self.hooks.constrain(examples["video"].astype(jnp.float32) / 127.5 - 1, "pixels")
         code = posterior(self.encoder.bind(frozen["codec"]).encode(video))
         latent = self.hooks.constrain(code.sample(examples["noise"]) if config.sample else code.mean, "pixels")
@@ -205,6 +207,15 @@ class DecoderRecipe:
         state, optim_metrics = state.advance(grads, self.optimizer, ema_decay=self.config.ema_decay)
         psnr = 10 * jnp.log10(4 / metrics["squared"])
         return state, {"loss": metrics.pop("loss"), "term": metrics, "psnr": psnr, "optim": optim_metrics}
+
+    def _whole(self, parts: Params) -> Params:
+        """Kernels whole on every device: left to itself, a compiler splits convolutions by channels as their kernels
+        are, and adds up every clip's features over the devices."""
+        exact = {MATCH: jnp.float32, "lpips": jnp.float32}
+        usual = jnp.dtype(self.config.dtype)
+        return {
+            name: whole_kernels({name: part}, exact.get(name, usual), self.hooks)[name] for name, part in parts.items()
+        }
 
     def _lpips(self, params: Params, made: Array, video: Array, frames: Array | None) -> Float[Array, " b"]:
         if frames is not None:

@@ -32,13 +32,16 @@ def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES, *, attention: Atten
     Weights, already in the compute dtype, are gathered where a layer reads them, except for the dimension that a rule
     gives to ``tensor``; their gradients go straight back to the parameters' slices (a reduce-scatter, where plain
     constraints would ask for an all-reduce).
-    Raises ``UserError`` while tracing when examples, tokens, heads or lines do not divide, naming the axis.
+    Raises ``UserError`` while tracing when examples, tokens, heads or lines do not divide, or when a device would have
+    a single line, naming the axis.
     """
     chosen = attention == "splash" or (attention == "auto" and on_tpu(mesh))
     kernel = splash_on(mesh) if chosen else None
     if mesh.size == 1:
         return ShardingHooks(attention=kernel)
     inner = tuple(axis for axis in ("tensor", "context") if mesh.shape.get(axis, 1) > 1)
+
+    context = tuple(axis for axis in inner if axis == "context")
 
     def activation(x: jax.Array, name: str) -> jax.Array:
         if name == "prompts":
@@ -50,6 +53,12 @@ def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES, *, attention: Atten
         if x.shape[0] == 1 or dims is None:
             return x
         check_batch(f"activation {name!r}", x.shape, mesh)
+        if name == "pixels" and x.shape[-3] == math.prod(mesh.shape[axis] for axis in context) > 1:
+            told = f"{x.shape[-3]} lines over mesh axis context={x.shape[-3]} are one for each device"
+            raise UserError(
+                f"activation {name!r} {list(x.shape)}: {told}, where XLA counts gradients of convolutions twice; "
+                "expected two at least: choose a smaller context or larger pictures"
+            )
         for dim, axes in enumerate(dims, start=1):
             ways = math.prod(mesh.shape[axis] for axis in axes)
             if x.shape[dim] % ways:
