@@ -312,6 +312,7 @@ def test_a_compiled_program_becomes_a_row():
 
 
 @pytest.mark.heavy
+@pytest.mark.libtpu
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_a_small_step_compiles_for_every_generation(name):
     """Recovery of a shapes system of three blocks: counts agree, memory is told, and bounds are in order."""

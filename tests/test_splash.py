@@ -188,6 +188,7 @@ def test_the_kernels_operations_are_read_from_a_compiled_program():
 
 
 @pytest.mark.heavy
+@pytest.mark.libtpu
 def test_a_compiler_keeps_the_name_that_tells_the_tiles():
     """The gradient of two layers on four chips that are not here: nine products a layer, split over the chips."""
     pytest.importorskip("libtpu")
