@@ -224,7 +224,8 @@ def test_a_loop_reads_its_slice_and_not_the_whole_stack():
 
 
 def test_a_slice_is_read_and_not_what_it_is_cut_from():
-    """Inside a fusion, and where a TPU fetches it ahead into vector memory: its start names operand, slice, context."""
+    """Inside a fusion, in a fusion inside that, and where a TPU fetches it ahead into vector memory: its start names
+    operand, slice, context."""
     array, part = "f32[100,8]{1,0}", "f32[10,8]{1,0}"
     text = f"""%cut (p: {array[:10]}) -> f32[10,8] {{
   %p = {array} parameter(0)
@@ -232,14 +233,21 @@ def test_a_slice_is_read_and_not_what_it_is_cut_from():
   ROOT %n = {part} negate(%s)
 }}
 
+%outer (q: {array[:10]}) -> f32[10,8] {{
+  %q = {array} parameter(0)
+  %c = {part} fusion(%q), kind=kLoop, calls=%cut
+  ROOT %m = {part} negate(%c)
+}}
+
 ENTRY %main (x: f32[100,8]) -> f32[10,8] {{
   %x = {array} parameter(0)
   %f = {part} fusion(%x), kind=kLoop, calls=%cut
+  %g = {part} fusion(%x), kind=kLoop, calls=%outer
   %start = (({array}), f32[10,8]{{1,0:S(1)}}, s32[]{{:S(2)}}) slice-start(%x), slice={{[0:10], [0:8]}}
   ROOT %done = f32[10,8]{{1,0:S(1)}} slice-done(%start)
 }}
 """
-    assert program_bytes(parse(text)) == 4 * 80 * (2 + 1), "read and written, then read into vector memory"
+    assert program_bytes(parse(text)) == 4 * 80 * (2 + 2 + 1), "read and written twice, then read into vector memory"
 
 
 def test_what_a_compiler_refuses():

@@ -1,7 +1,8 @@
 """Bytes that a compiled program moves to and from HBM: an estimate.
 
 Every operation outside a fusion reads its operands and writes its result once, where they lie in HBM and not in vector
-memory. A fusion that only slices an operand reads the slice, one that updates a slice in place writes the slice.
+memory. A fusion, or one inside it, that only slices an operand reads the slice; one that updates a slice in place writes
+the slice.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def program_bytes(module: Module) -> float:
 
 def _moved(module: Module, computation: Computation, operation: Operation) -> int:
     inner = module.computations.get((operation.called("calls") or [""])[0]) if operation.kind == "fusion" else None
-    total = sum(_read(computation, inner, name, place) for place, name in enumerate(operation.operands))
+    total = sum(_read(module, computation, inner, name, place) for place, name in enumerate(operation.operands))
     results = _results(operation)
     if operation.kind in ("dynamic-slice", "slice", "gather", "slice-start"):
         total = 0 if computation.operand(operation).arrays[0].on_chip else results[0].bytes
@@ -64,18 +65,26 @@ def _results(operation: Operation) -> list[Array]:
     return operation.arrays[place : place + 1]
 
 
-def _read(computation: Computation, inner: Computation | None, name: str, place: int) -> int:
+def _read(module: Module, computation: Computation, inner: Computation | None, name: str, place: int) -> int:
     source = computation.operations.get(name)
     arrays = [] if source is None else [array for array in source.arrays if not array.on_chip]
     whole = sum(array.bytes for array in arrays)
-    if inner is None or not whole:
-        return whole
+    return whole if inner is None or not whole else _used(module, inner, place, whole)
+
+
+def _used(module: Module, inner: Computation, place: int, whole: int) -> int:
+    """Bytes of a fusion's parameter, ``whole`` bytes, that its operations read."""
     parameter = next(
         (o.name for o in inner.operations.values() if o.kind == "parameter" and o.inside.strip() == str(place)), None
     )
-    users = [o for o in inner.operations.values() if parameter in o.operands]
-    if users and all(o.kind in ("dynamic-slice", "slice") for o in users):
-        return min(whole, sum(o.arrays[0].bytes for o in users))
-    if users and all(o.kind == "dynamic-update-slice" and o.operands[0] == parameter for o in users):
-        return 0
-    return whole
+    users, total = [o for o in inner.operations.values() if parameter in o.operands], 0
+    for user in users:
+        called = module.computations.get((user.called("calls") or [""])[0]) if user.kind == "fusion" else None
+        if user.kind in ("dynamic-slice", "slice"):
+            total += user.arrays[0].bytes
+        elif called is not None:
+            places = [n for n, name in enumerate(user.operands) if name == parameter]
+            total += sum(_used(module, called, n, whole) for n in places)
+        elif not (user.kind == "dynamic-update-slice" and user.operands[0] == parameter):
+            return whole
+    return min(whole, total) if users else whole

@@ -156,9 +156,10 @@ def speed(bound: Bounds, efficiency: float, ideal: float, tokens: float, videos:
 
 
 def _plan_sampling(preset: Preset, topology: Topology, settings: Settings, devices: list) -> dict[str, Any]:
-    """All programs that sampling runs, one prompt a chip unless told otherwise; sums over a whole video."""
+    """All programs that sampling runs, one prompt and all weights a chip unless told otherwise (gathering them for
+    every call would take longer than multiplying by them); sums over a whole video."""
     prompts = settings.batch or topology.chips
-    mesh = make_mesh(settings.mesh or MeshConfig(), devices)
+    mesh = make_mesh(settings.mesh or MeshConfig(data=-1, fsdp=1), devices)
     if prompts % batch_ways(mesh):
         told = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         raise UserError(
