@@ -1,8 +1,8 @@
 """Bytes that a compiled program moves to and from HBM: an estimate.
 
 Every operation outside a fusion reads its operands and writes its result once, where they lie in HBM and not in vector
-memory. A fusion, or one inside it, that only slices an operand reads the slice; one that updates a slice in place writes
-the slice.
+memory. A fusion (or one inside it) that only slices an operand reads the slice, one that updates a slice in place
+writes the slice.
 """
 
 from __future__ import annotations
