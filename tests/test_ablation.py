@@ -102,7 +102,7 @@ def test_calls_and_passes():
 
 
 def test_the_report_holds_every_figure(rows, tmp_path):
-    report = write_ablation(tmp_path / "out", rows)
+    report = write_ablation(tmp_path / "out", rows, "student")
     summary = json.loads((tmp_path / "out" / "ablation.json").read_text())
     student = summary["splits"][SPLIT]["student"]
     assert student["calls"] == 6
@@ -113,6 +113,9 @@ def test_the_report_holds_every_figure(rows, tmp_path):
         assert len(table.rows) == 2
         assert {len(row) for row in table.rows} == {len(table.columns)}
         assert markdown([table]).strip() in text
+    assert "## Compared prompt by prompt with teacher" in text
+    against = text.split("## Compared prompt by prompt with student")[1]
+    assert f"| {SPLIT} | teacher |" in against
     assert report.read_text().count("<video") >= 2
     assert (tmp_path / "out" / "readings.json").exists()
 

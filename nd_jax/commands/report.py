@@ -29,7 +29,8 @@ def report_steps(
     """What few-step systems cost and keep of their teacher: report.html with videos, ablation.md and ablation.json.
 
     Args:
-        row: one or more NAME=FOLDER, systems in the order of the table, such as student=RUN/system.
+        row: one or more NAME=FOLDER, systems in the order of the table, such as student=RUN/system; all others are
+            compared with the first as well.
         out: folder for the report.
         teacher: the guided many-step system that all others are compared with.
         hybrid: names of rows that are shown once more after first frames of the teacher.
@@ -71,7 +72,7 @@ def report_steps(
         batch=batch,
         progress=lambda name, total: progress_bar(name, total),
     )
-    print(ablation_report.write_ablation(out, rows))
+    print(ablation_report.write_ablation(out, rows, next(iter(given))))
 
 
 def named_folders(words: Sequence[str]) -> dict[str, Path]:

@@ -95,8 +95,11 @@ def check_outputs(out: Path, *, overwrite: bool) -> None:
         check_new_file(out / name, overwrite=overwrite)
 
 
-def write_ablation(out: Path, rows: Mapping[str, Row]) -> Path:
-    """report.html, ablation.md, ablation.json and readings.json. Returns the report's path."""
+def write_ablation(out: Path, rows: Mapping[str, Row], student: str | None = None) -> Path:
+    """report.html, ablation.md, ablation.json and readings.json. Returns the report's path.
+
+    ``student`` names the row that all others are compared with as well.
+    """
     baseline, *_ = rows
     results = {name: row.result for name, row in rows.items()}
     protocol, systems = rows[baseline].result.protocol, {name: system_figures(each) for name, each in results.items()}
@@ -106,6 +109,7 @@ def write_ablation(out: Path, rows: Mapping[str, Row]) -> Path:
     detail: list[Table] = [
         tables.accuracy_table(systems),
         *_comparisons(results, baseline),
+        *(_comparisons(results, student) if student else []),
         *tables.motion_tables(systems),
     ]
     out.mkdir(parents=True, exist_ok=True)
@@ -126,4 +130,5 @@ def write_ablation(out: Path, rows: Mapping[str, Row]) -> Path:
 
 def _comparisons(results: Mapping[str, ProtocolResult], baseline: str) -> list[Table]:
     others = {name: compare(each, results[baseline]) for name, each in results.items() if name != baseline}
-    return tables.comparison_tables(others, baseline)
+    title = f"Compared prompt by prompt with {baseline}"
+    return [dataclasses.replace(table, title=title) for table in tables.comparison_tables(others, baseline)]
