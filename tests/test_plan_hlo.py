@@ -57,6 +57,21 @@ def test_loops_in_loops_and_gradients():
     assert program_flops(compiled(gradient, *given)) == 3 * 15 * one
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_branches_the_largest_counts(turned):
+    """As in progressive distillation, whose teacher is guided in the first round only: twice the work of the rest."""
+
+    def function(x, w, many):
+        few, most = (lambda: jnp.tanh(x @ w)), (lambda: jnp.tanh(jnp.tanh(jnp.tanh(x @ w) @ w) @ w))
+        return jax.lax.cond(many, *((few, most) if turned else (most, few)))
+
+    given = array(8, 16), array(16, 16), jax.ShapeDtypeStruct((), bool)
+    unknown, one = [], 2 * 8 * 16 * 16
+    assert program_flops(compiled(function, *given), unknown) == 3 * one
+    assert traced_flops(function, *given) == 3 * one
+    assert not unknown
+
+
 def test_recomputation_is_counted():
     def function(w, x):
         body = jax.checkpoint(lambda x: jnp.tanh(jnp.tanh(x @ w) @ w))

@@ -14,7 +14,7 @@ SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 NAME = re.compile(r"%([\w.\-]+)")
 SIZES = {"pred": 1, "token": 0, "opaque": 0}
 CALLS = re.compile(
-    r"(calls|body|condition|to_apply|branch_computations|true_computation|false_computation)=\{?([^}\s]*)"
+    r"(calls|body|condition|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|[^,\s]+)"
 )
 
 
@@ -66,7 +66,7 @@ class Operation:
         found = []
         for attribute, value in CALLS.findall(self.attributes):
             if attribute in names:
-                found += [each.strip().lstrip("%").rstrip(",") for each in value.split(",") if each.strip()]
+                found += [each.strip().lstrip("%") for each in value.strip("{}").split(",") if each.strip()]
         return found if "branch_computations" in names else found[: len(names)]
 
     def setting(self, name: str) -> str | None:
@@ -164,11 +164,11 @@ class Visit(NamedTuple):
 
 
 def visits(module: Module, unknown: list[str] | None = None) -> Iterator[Visit]:
-    """Every computation that runs, with loops multiplied by their trip counts; of branches all are counted as taken
-    once, the largest being what matters in practice. Names of loops that tell no count (taken as 1) go to ``unknown``.
+    """Every computation that runs, with loops multiplied by their trip counts; of branches the one that makes the most
+    bytes. Names of loops that tell no count (taken as 1) go to ``unknown``.
     """
 
-    def go(name: str, times: float, fused: bool) -> Iterator[Visit]:
+    def go(name: str, times: float, fused: bool, unknown: list[str] | None = unknown) -> Iterator[Visit]:
         computation = module.computations.get(name)
         if computation is None:
             return
@@ -180,18 +180,23 @@ def visits(module: Module, unknown: list[str] | None = None) -> Iterator[Visit]:
                     count = 1
                     if unknown is not None:
                         unknown.append(operation.name)
-                yield from go(operation.called("body")[0], times * count, fused)
+                yield from go(operation.called("body")[0], times * count, fused, unknown)
             elif operation.kind in ("fusion", "call", "async-start"):
                 names = operation.called("calls") or operation.called("to_apply")
                 for each in names:
-                    yield from go(each, times, fused or operation.kind == "fusion")
+                    yield from go(each, times, fused or operation.kind == "fusion", unknown)
             elif operation.kind == "conditional":
                 branches = operation.called("branch_computations") or [
                     *operation.called("true_computation"),
                     *operation.called("false_computation"),
                 ]
-                for each in branches:
-                    yield from go(each, times / max(len(branches), 1), fused)
+                yield from go(max(branches, key=made), times, fused, unknown)
+
+    def made(name: str) -> float:
+        inside = go(name, 1.0, False, None)
+        return sum(
+            v.times * array.bytes for v in inside for o in v.computation.operations.values() for array in o.arrays
+        )
 
     yield from go(module.entry, 1.0, False)
 
