@@ -168,7 +168,7 @@ def visits(module: Module, unknown: list[str] | None = None) -> Iterator[Visit]:
     bytes. Names of loops that tell no count (taken as 1) go to ``unknown``.
     """
 
-    def go(name: str, times: float, fused: bool, unknown: list[str] | None = unknown) -> Iterator[Visit]:
+    def go(name: str, times: float, fused: bool) -> Iterator[Visit]:
         computation = module.computations.get(name)
         if computation is None:
             return
@@ -180,20 +180,20 @@ def visits(module: Module, unknown: list[str] | None = None) -> Iterator[Visit]:
                     count = 1
                     if unknown is not None:
                         unknown.append(operation.name)
-                yield from go(operation.called("body")[0], times * count, fused, unknown)
+                yield from go(operation.called("body")[0], times * count, fused)
             elif operation.kind in ("fusion", "call", "async-start"):
                 names = operation.called("calls") or operation.called("to_apply")
                 for each in names:
-                    yield from go(each, times, fused or operation.kind == "fusion", unknown)
+                    yield from go(each, times, fused or operation.kind == "fusion")
             elif operation.kind == "conditional":
                 branches = operation.called("branch_computations") or [
                     *operation.called("true_computation"),
                     *operation.called("false_computation"),
                 ]
-                yield from go(max(branches, key=made), times, fused, unknown)
+                yield from go(max(branches, key=made), times, fused)
 
     def made(name: str) -> float:
-        inside = go(name, 1.0, False, None)
+        inside = visits(Module(module.computations, name))
         return sum(
             v.times * array.bytes for v in inside for o in v.computation.operations.values() for array in o.arrays
         )

@@ -28,7 +28,7 @@ def program_bytes(module: Module) -> float:
 
 
 def _moved(module: Module, computation: Computation, operation: Operation) -> int:
-    inner = module.computations.get((operation.called("calls") or [""])[0]) if operation.kind == "fusion" else None
+    inner = _fused(module, operation)
     total = sum(_read(module, computation, inner, name, place) for place, name in enumerate(operation.operands))
     results = _results(operation)
     if operation.kind in ("dynamic-slice", "slice", "gather", "slice-start"):
@@ -46,6 +46,11 @@ def _moved(module: Module, computation: Computation, operation: Operation) -> in
     return total + sum(
         _written(inner, part, array) for part, array in zip(parts, results, strict=True) if not array.on_chip
     )
+
+
+def _fused(module: Module, operation: Operation) -> Computation | None:
+    """What a fusion consists of; None for any other operation."""
+    return module.computations.get((operation.called("calls") or [""])[0]) if operation.kind == "fusion" else None
 
 
 def _written(inner: Computation, part: Operation | None, array: Array) -> int:
@@ -79,7 +84,7 @@ def _used(module: Module, inner: Computation, place: int, whole: int) -> int:
     )
     users, total = [o for o in inner.operations.values() if parameter in o.operands], 0
     for user in users:
-        called = module.computations.get((user.called("calls") or [""])[0]) if user.kind == "fusion" else None
+        called = _fused(module, user)
         if user.kind in ("dynamic-slice", "slice"):
             total += user.arrays[0].bytes
         elif called is not None:

@@ -41,8 +41,6 @@ def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES, *, attention: Atten
         return ShardingHooks(attention=kernel)
     inner = tuple(axis for axis in ("tensor", "context") if mesh.shape.get(axis, 1) > 1)
 
-    context = tuple(axis for axis in inner if axis == "context")
-
     def activation(x: jax.Array, name: str) -> jax.Array:
         if name == "prompts":
             axes = (*batch_entry(mesh), *inner)
@@ -53,14 +51,14 @@ def sharding_hooks(mesh: Mesh, rules: Rules = DEFAULT_RULES, *, attention: Atten
         if x.shape[0] == 1 or dims is None:
             return x
         check_batch(f"activation {name!r}", x.shape, mesh)
-        if name == "pixels" and x.shape[-3] == math.prod(mesh.shape[axis] for axis in context) > 1:
-            told = f"{x.shape[-3]} lines over mesh axis context={x.shape[-3]} are one for each device"
-            raise UserError(
-                f"activation {name!r} {list(x.shape)}: {told}, where XLA counts gradients of convolutions twice; "
-                "expected two at least: choose a smaller context or larger pictures"
-            )
         for dim, axes in enumerate(dims, start=1):
             ways = math.prod(mesh.shape[axis] for axis in axes)
+            if name == "pixels" and x.shape[dim] == ways > 1:
+                raise UserError(
+                    f"activation {name!r} {list(x.shape)}: {ways} lines over mesh axis context={ways} are one for each "
+                    "device, where XLA counts gradients of convolutions twice; expected two at least: choose a smaller "
+                    "context or larger pictures"
+                )
             if x.shape[dim] % ways:
                 told = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
                 what = "heads" if name in ("heads", "projected") else "channels"
