@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import protocol_videos
 import pytest
 import tiny_system
 
+from nd_jax.commands.report import in_steps, named_folders
 from nd_jax.data.judge import read
 from nd_jax.data.world import MOTIONS
 from nd_jax.errors import UserError
 from nd_jax.generate import first_unit, generate
 from nd_jax.protocol.ablation import Entry, check_latents, figures, measure_row, undistilled
-from nd_jax.protocol.ablation_report import ablation_table, markdown, steps_of, units_table, write_ablation
+from nd_jax.protocol.ablation_report import ablation_table, markdown, steps_of, units_tables, write_ablation
 from nd_jax.protocol.definition import QUICK, SPLITS, prompt_list
-from nd_jax.protocol.units import asked, unit_displacements
+from nd_jax.protocol.units import asked, read_units
 from nd_jax.pyramid.sampler import SamplePlan
 
 PROTOCOL = dataclasses.replace(QUICK, prompts=9, resamples=200)
@@ -46,7 +48,9 @@ def test_motion_is_read_where_it_is():
     prompts, world = prompt_list(PROTOCOL, SPLIT), SPLITS[SPLIT].world
     for n, label in enumerate(prompts.labels[:, 0]):
         clip = prompts.clip(n, world.frames)
-        found = unit_displacements(clip, world, 8)
+        read_of_units = read_units(clip, world, 8)
+        assert (read_of_units.labels[..., :3] == label[:3]).all()
+        found = read_of_units.displacement
         assert found.shape == (4, 1, 2)
         np.testing.assert_allclose(found.mean(0), read(clip, world).displacement, atol=2)
         along = asked(found[None], prompts.labels[n : n + 1])[0]
@@ -67,6 +71,12 @@ def test_a_motion_that_dies_is_told_by_its_unit(rows):
     shares = [each.value for each in found["student"]["speed_by_unit_of_teacher"]]
     np.testing.assert_allclose(shares[:2], 1, atol=0.05)
     np.testing.assert_allclose(shares[2:], 0, atol=0.1)
+    right, teachers = ([each.value for each in found[name]["accuracy_by_unit"]] for name in ("student", "teacher"))
+    np.testing.assert_allclose(right[:2], teachers[:2], atol=0.03)
+    moving = (prompt_list(PROTOCOL, SPLIT).labels[:, 0, 3] != 0).mean()
+    np.testing.assert_allclose(teachers, 1, atol=0.03)
+    np.testing.assert_allclose(right[2:], 1 - moving / 5, atol=0.03)
+    assert found["student"]["accuracy_by_unit_of_teacher"][-1].value < 1
     assert found["student"]["accuracy_of_teacher"].value <= 1
     assert 0.2 < found["student"]["motion_of_teacher"].value < 0.9
     for name in ("accuracy_of_teacher", "motion_of_teacher"):
@@ -109,7 +119,7 @@ def test_the_report_holds_every_figure(rows, tmp_path):
     assert len(student["speed_by_unit_of_teacher"]) == 4
     text = (tmp_path / "out" / "ablation.md").read_text()
     found = figures(rows, SPLIT)
-    for table in (ablation_table(found, SPLIT), units_table(found, SPLIT)):
+    for table in (ablation_table(found, SPLIT), *units_tables(found, SPLIT)):
         assert len(table.rows) == 2
         assert {len(row) for row in table.rows} == {len(table.columns)}
         assert markdown([table]).strip() in text
@@ -138,10 +148,21 @@ def test_given_first_frames_are_those_of_their_own_videos(tiny, tiny_generator):
         (("teacher=x",), "the teacher is --teacher"),
         (("a=x", "--hybrid", "b"), "expected some of a"),
         (("a=x", "--prompts", "0"), "--prompts is 0"),
+        (("a=shapes_base@2-2",), "a in steps 2-2, expected 3 numbers"),
+        (("a=shapes_base@2-0-1",), "a in steps 2-0-1, expected 3 numbers from 1 on"),
+        (("a=there/is@none",), "there/is@none"),
     ],
 )
-def test_rows_that_cannot_be(refused, words, told):
-    refused("report", "steps", *words, told=told)
+def test_rows_that_cannot_be(refused, words, told, tmp_path):
+    refused("report", "steps", *words, "--out", tmp_path / "ablation", told=told)
+
+
+def test_steps_may_be_asked_for(tiny):
+    """A network trained on many steps of a stage has met the levels of fewer."""
+    assert named_folders(["a=x/system@2-2-1", "b=y"]) == {"a": (Path("x/system"), (2, 2, 1)), "b": (Path("y"), None)}
+    assert in_steps(tiny, None, "a") is tiny
+    plan = in_steps(tiny, (2, 2, 1), "a").sampling
+    assert plan == dataclasses.replace(tiny.sampling, first_steps=(2, 2, 1), later_steps=(2, 2, 1))
 
 
 @pytest.mark.heavy

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from nd_jax.commands.console import check_at_least, progress_bar
 from nd_jax.errors import UserError
 from nd_jax.weights import SHIPPED
+
+if TYPE_CHECKING:
+    from nd_jax.system import VideoSystem
 
 
 def report_steps(
@@ -30,7 +34,7 @@ def report_steps(
 
     Args:
         row: one or more NAME=FOLDER, systems in the order of the table, such as student=RUN/system; all others are
-            compared with the first as well.
+            compared with the first as well. NAME=FOLDER@2-2-1: sampled in these steps per stage.
         out: folder for the report.
         teacher: the guided many-step system that all others are compared with.
         hybrid: names of rows that are shown once more after first frames of the teacher.
@@ -58,7 +62,7 @@ def report_steps(
     changes = {} if prompts is None else {"name": f"{protocol}, {prompts} prompts", "prompts": prompts}
     asked = dataclasses.replace(PROTOCOLS[protocol], **changes)
     guide = load_system(teacher)
-    systems = {name: load_system(folder) for name, folder in given.items()}
+    systems = {name: in_steps(load_system(folder), steps, name) for name, (folder, steps) in given.items()}
     entries = {"teacher": ablation.Entry(guide)}
     if undistilled:
         entries |= ablation.undistilled(guide, next(iter(systems.values())).sampling)
@@ -75,15 +79,36 @@ def report_steps(
     print(ablation_report.write_ablation(out, rows, next(iter(given))))
 
 
-def named_folders(words: Sequence[str]) -> dict[str, Path]:
-    """NAME=FOLDER, each name once. Raises UserError for anything else."""
+def named_folders(words: Sequence[str]) -> dict[str, tuple[Path, tuple[int, ...] | None]]:
+    """NAME=FOLDER or NAME=FOLDER@2-2-1, each name once; folders and steps per stage. Raises UserError for anything
+    else."""
     pairs = [word.partition("=") for word in words]
     names = [name for name, _, _ in pairs]
     if not pairs or not all(name and folder for name, _, folder in pairs) or len(set(names)) < len(names):
         raise UserError(f"report steps: {' '.join(words) or 'no rows'}; expected NAME=FOLDER ..., each name once")
     if "teacher" in names:
         raise UserError("report steps: a row named teacher; the teacher is --teacher, expected another name")
-    return {name: Path(folder) for name, _, folder in pairs}
+    return {name: _folder_and_steps(folder) for name, _, folder in pairs}
+
+
+def _folder_and_steps(word: str) -> tuple[Path, tuple[int, ...] | None]:
+    found = re.fullmatch(r"(.+)@([0-9]{1,4}(?:-[0-9]{1,4})*)", word)
+    return (Path(found[1]), tuple(map(int, found[2].split("-")))) if found else (Path(word), None)
+
+
+def in_steps(system: VideoSystem, steps: tuple[int, ...] | None, name: str) -> VideoSystem:
+    """The system, sampled in so many steps per stage; None: as its folder says. Raises UserError for other than one
+    count of at least 1 for each stage."""
+    if steps is None:
+        return system
+    if len(steps) != system.schedule.stages or min(steps) < 1:
+        shown = "-".join(map(str, steps))
+        raise UserError(
+            f"report steps: {name} in steps {shown}, expected {system.schedule.stages} numbers from 1 on, one for each "
+            "stage, such as 2-2-1"
+        )
+    plan = dataclasses.replace(system.sampling, first_steps=steps, later_steps=steps)
+    return dataclasses.replace(system, sampling=plan)
 
 
 def combine(

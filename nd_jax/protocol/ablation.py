@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from nd_jax.errors import UserError
 from nd_jax.generate import needs_negative
 from nd_jax.models.functional import count_parameters
@@ -18,7 +16,7 @@ from nd_jax.protocol.definition import FRAMES, SPLITS, Protocol, prompt_list
 from nd_jax.protocol.figures import compare, system_figures, travel_against
 from nd_jax.protocol.readings import ProtocolResult
 from nd_jax.protocol.run import SystemVideos, Videos, clips_to_do, run_protocol
-from nd_jax.protocol.units import HybridVideos, Recorded, by_unit, cpu_seconds
+from nd_jax.protocol.units import HybridVideos, Recorded, UnitReadings, accuracy_by_unit, cpu_seconds, speed_by_unit
 from nd_jax.pyramid.sampler import SamplePlan
 from nd_jax.system import VideoSystem
 
@@ -76,8 +74,8 @@ class Row:
 
     entry: Entry
     result: ProtocolResult
-    units: dict[str, np.ndarray]
-    """By split, see ``Recorded.displacements``."""
+    units: dict[str, UnitReadings]
+    """By split, see ``Recorded.by_unit``."""
     cpu_seconds: float
 
 
@@ -97,7 +95,7 @@ def measure_row(
         entry.system, protocol, splits=splits, controls=(), batch=batch, videos=recorded, progress=progress
     )
     seeds = protocol.sampling_seeds
-    units = {split: recorded.displacements(prompt_list(protocol, split).captions, seeds) for split in splits}
+    units = {split: recorded.by_unit(prompt_list(protocol, split).captions, seeds) for split in splits}
     world = SPLITS[splits[0]].world
     timed = prompt_list(protocol, splits[0]).captions
     timed = timed if videos is not None else timed[:batch]
@@ -138,6 +136,7 @@ def figures(rows: Mapping[str, Row], split: str) -> dict[str, dict[str, Any]]:
     resamples, found = baseline.result.protocol.resamples, {}
     for name, row in rows.items():
         measured = system_figures(row.result).splits[split]
+        units, theirs = row.units[split], baseline.units[split]
         found[name] = {
             **row.entry.about(),
             "denoiser_parameters": row.result.about["denoiser_parameters"],
@@ -146,8 +145,10 @@ def figures(rows: Mapping[str, Row], split: str) -> dict[str, dict[str, Any]]:
             "accuracy_of_teacher": compare(row.result, baseline.result)[split].share["mean"],
             "motion_of_drawn": measured.travel_of_truth,
             "motion_of_teacher": travel_against(row.result, baseline.result, split),
-            "speed_by_unit": by_unit(row.units[split], labels, resamples=resamples),
-            "speed_by_unit_of_teacher": by_unit(row.units[split], labels, baseline.units[split], resamples=resamples),
+            "accuracy_by_unit": accuracy_by_unit(units, labels, resamples=resamples),
+            "accuracy_by_unit_of_teacher": accuracy_by_unit(units, labels, theirs, resamples=resamples),
+            "speed_by_unit": speed_by_unit(units, labels, resamples=resamples),
+            "speed_by_unit_of_teacher": speed_by_unit(units, labels, theirs, resamples=resamples),
         }
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +59,36 @@ def ablation_table(found: Mapping[str, Mapping[str, Any]], split: str) -> Table:
     return Table(f"Few steps: {split}", columns, [row(*each) for each in found.items()], note)
 
 
-def units_table(found: Mapping[str, Mapping[str, Any]], split: str) -> Table:
-    """Closed-loop speed by unit, in pixels over a full clip and against the teacher's."""
-    count = len(next(iter(found.values()))["speed_by_unit"])
+def units_tables(found: Mapping[str, Mapping[str, Any]], split: str) -> list[Table]:
+    """Closed-loop accuracy and speed by unit, in itself and against the teacher's."""
+    history = "Every unit after the first has the system's own earlier units as its history"
+    accuracy = _units_table(found, "accuracy_by_unit", tables.percent)
+    speed = _units_table(found, "speed_by_unit", tables.number)
+    return [
+        Table(
+            f"Accuracy by latent unit: {split}",
+            *accuracy,
+            f"Attributes read right from the frames of one unit, and their share of the teacher's. {history}.",
+        ),
+        Table(
+            f"Motion by latent unit: {split}",
+            *speed,
+            "Speed in the direction asked for, in pixels over a full clip, and its share of the teacher's. "
+            f"{history}; an object that is not found stands still.",
+        ),
+    ]
 
-    def cell(speed: Estimate, share: Estimate) -> str:
-        return f"{tables.number(speed.value)} ({tables.percent(share.value)})"
 
-    rows = [[name, *map(cell, each["speed_by_unit"], each["speed_by_unit_of_teacher"])] for name, each in found.items()]
-    return Table(
-        f"Motion by latent unit: {split}",
-        ["system", *(f"unit {unit + 1}" for unit in range(count))],
-        rows,
-        "Speed in the direction asked for, in pixels over a full clip, and its share of the teacher's. Every unit "
-        "after the first has the system's own earlier units as its history; an object that is not found stands still.",
-    )
+def _units_table(
+    found: Mapping[str, Mapping[str, Any]], name: str, shown: Callable[[float], str]
+) -> tuple[list[str], list[list[str]]]:
+    count = len(next(iter(found.values()))[name])
+
+    def cell(level: Estimate, share: Estimate) -> str:
+        return f"{shown(level.value)} ({tables.percent(share.value)})"
+
+    rows = [[row, *map(cell, each[name], each[f"{name}_of_teacher"])] for row, each in found.items()]
+    return ["system", *(f"unit {unit + 1}" for unit in range(count))], rows
 
 
 def markdown(shown: Sequence[Table]) -> str:
@@ -105,7 +120,9 @@ def write_ablation(out: Path, rows: Mapping[str, Row], student: str | None = Non
     protocol, systems = rows[baseline].result.protocol, {name: system_figures(each) for name, each in results.items()}
     splits = list(rows[baseline].result.splits)
     found = {split: figures(rows, split) for split in splits}
-    main = [table(found[split], split) for split in splits for table in (ablation_table, units_table)]
+    main = [
+        table for split in splits for table in (ablation_table(found[split], split), *units_tables(found[split], split))
+    ]
     detail: list[Table] = [
         tables.accuracy_table(systems),
         *_comparisons(results, baseline),

@@ -1,10 +1,11 @@
-"""Motion by latent unit, as a closed loop makes it: does a video go on moving, or die down as its history becomes its
-own?"""
+"""Accuracy and motion by latent unit, as a closed loop makes it: does a video go on showing what it should, and go on
+moving, as its history becomes its own?"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
@@ -13,19 +14,28 @@ from nd_jax.data import judge
 from nd_jax.data.world import MOTIONS, World
 from nd_jax.generate import first_unit
 from nd_jax.protocol.run import SystemVideos, Videos
-from nd_jax.protocol.statistics import Estimate, estimate, quotient, quotient_of_means
+from nd_jax.protocol.statistics import Estimate, estimate, mean, quotient, quotient_of_means
 from nd_jax.system import VideoSystem
 
 
-def unit_displacements(
-    video: UInt8[np.ndarray, "t h w 3"], world: World, time_scale: int
-) -> Float[np.ndarray, "units objects 2"]:
-    """(down, right) that the judge reads from the frames of each latent unit but the first, in pixels over a full clip.
+class UnitReadings(NamedTuple):
+    """What the judge reads from the frames of each latent unit but the first; leading axes of many videos."""
 
-    Unit k ends with frame ``k * time_scale``; the frame before it is read along. Where no object is found it is 0.
-    """
+    labels: Int[np.ndarray, "*lead units objects 5"]
+    """-1: not readable."""
+    displacement: Float[np.ndarray, "*lead units objects 2"]
+    """(down, right) in pixels over a full clip; 0 where no object is found."""
+
+
+def read_units(video: UInt8[np.ndarray, "t h w 3"], world: World, time_scale: int) -> UnitReadings:
+    """Unit k ends with frame ``k * time_scale``; the frame before it is read along."""
     ends = range(time_scale, len(video), time_scale)
-    return np.stack([judge.read(video[end - time_scale : end + 1], world).displacement for end in ends])
+    read = [judge.read(video[end - time_scale : end + 1], world) for end in ends]
+    return _stack(UnitReadings(each.labels, each.displacement) for each in read)
+
+
+def _stack(parts: Iterable[UnitReadings]) -> UnitReadings:
+    return UnitReadings(*map(np.stack, zip(*parts, strict=True)))
 
 
 def asked(
@@ -48,45 +58,56 @@ def _sums(
     return total[:, rows], (len(displacements) * moves.sum(1)[rows]).astype(np.float64)
 
 
-def by_unit(
-    ours: Float[np.ndarray, "seeds n units objects 2"],
-    labels: Int[np.ndarray, "n objects 5"],
-    theirs: Float[np.ndarray, "seeds2 n units objects 2"] | None = None,
-    *,
-    resamples: int,
+def speed_by_unit(
+    ours: UnitReadings, labels: Int[np.ndarray, "n objects 5"], theirs: UnitReadings | None = None, *, resamples: int
 ) -> list[Estimate]:
-    """For each unit the mean speed in the direction asked for, or that divided by ``theirs``."""
-    total, count = _sums(ours, labels)
+    """For each unit the mean speed in the direction asked for, or that divided by ``theirs``; readings are
+    [seeds, n, ...]."""
+    total, count = _sums(ours.displacement, labels)
     if theirs is None:
         return [estimate(quotient, row, count, resamples=resamples) for row in total]
-    other, others = _sums(theirs, labels)
+    other, others = _sums(theirs.displacement, labels)
     pairs = zip(total, other, strict=True)
     return [estimate(quotient_of_means, a, count, b, others, resamples=resamples) for a, b in pairs]
 
 
+def accuracy_by_unit(
+    ours: UnitReadings, labels: Int[np.ndarray, "n objects 5"], theirs: UnitReadings | None = None, *, resamples: int
+) -> list[Estimate]:
+    """For each unit the share of attributes that its frames alone show right, or that divided by ``theirs``; readings
+    are [seeds, n, ...]."""
+    right = _right(ours, labels)
+    if theirs is None:
+        return [estimate(mean, row, resamples=resamples) for row in right]
+    pairs = zip(right, _right(theirs, labels), strict=True)
+    return [estimate(quotient, a, b, resamples=resamples) for a, b in pairs]
+
+
+def _right(read: UnitReadings, labels: Int[np.ndarray, "n objects 5"]) -> Float[np.ndarray, "units n"]:
+    return (read.labels == labels[:, None]).mean((0, 3, 4)).T
+
+
 class Recorded:
-    """Videos whose motion is read unit by unit on the way to the judge."""
+    """Videos that are read unit by unit on the way to the judge."""
 
     def __init__(self, inner: Videos, time_scale: int):
         self.inner, self.time_scale, self.frames = inner, time_scale, inner.frames
         self.prepare: Callable = inner.prepare
         self.too_long: Callable = inner.too_long
         self.reconstruct: Callable = inner.reconstruct
-        self._read: dict[tuple, list[np.ndarray]] = {}
+        self._read: dict[tuple, list[UnitReadings]] = {}
 
     def videos(
         self, captions: Sequence[str], world: World, seed: int, control: str | None
     ) -> Iterator[UInt8[np.ndarray, "t h w 3"]]:
         read = self._read.setdefault((tuple(captions), seed), []) if control is None else []
         for clip in self.inner.videos(captions, world, seed, control):
-            read.append(unit_displacements(clip, world, self.time_scale))
+            read.append(read_units(clip, world, self.time_scale))
             yield clip
 
-    def displacements(
-        self, captions: Sequence[str], seeds: Sequence[int]
-    ) -> Float[np.ndarray, "seeds n units objects 2"]:
-        """What was read of the captions' videos."""
-        return np.stack([np.stack(self._read[tuple(captions), seed]) for seed in seeds])
+    def by_unit(self, captions: Sequence[str], seeds: Sequence[int]) -> UnitReadings:
+        """[seeds, n, units, ...] What was read of the captions' videos."""
+        return _stack(_stack(self._read[tuple(captions), seed]) for seed in seeds)
 
 
 class HybridVideos(SystemVideos):
