@@ -2,8 +2,9 @@
 
 Start from the teacher that comes with the package. Distil its text encoder, distil a tiny decoder for its latents,
 remove a quarter of its blocks and recover in two stages; put all of it into one student, export that as a PyTorch
-folder, read it back, generate, judge, report. Beside it a small teacher is trained from nothing for two minutes, as
-proof that training works. At last the student becomes a bundle of graphs for phones, where the extra npu is installed.
+folder, read it back, generate, judge, report. Beside it a small teacher is trained from nothing for a few minutes,
+enough for backgrounds as prompted. At last the student becomes a bundle of graphs for phones, where the extra npu is
+installed.
 Every step leaves its folder; run again, a demonstration continues where it stopped.
 """
 

@@ -101,13 +101,17 @@ def in_steps(system: VideoSystem, steps: tuple[int, ...] | None, name: str) -> V
     count of at least 1 for each stage."""
     if steps is None:
         return system
-    if len(steps) != system.schedule.stages or min(steps) < 1:
+    from nd_jax.commands.generate import changed_plan
+
+    stages = system.schedule.stages
+    try:
+        plan = changed_plan(system.sampling, steps, None, None, None, None, stages)
+    except UserError:
         shown = "-".join(map(str, steps))
         raise UserError(
-            f"report steps: {name} in steps {shown}, expected {system.schedule.stages} numbers from 1 on, one for each "
-            "stage, such as 2-2-1"
-        )
-    plan = dataclasses.replace(system.sampling, first_steps=steps, later_steps=steps)
+            f"report steps: {name} in steps {shown}, expected {stages} numbers from 1 on, one for each stage, such as "
+            "2-2-1"
+        ) from None
     return dataclasses.replace(system, sampling=plan)
 
 

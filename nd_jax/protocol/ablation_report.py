@@ -62,33 +62,30 @@ def ablation_table(found: Mapping[str, Mapping[str, Any]], split: str) -> Table:
 def units_tables(found: Mapping[str, Mapping[str, Any]], split: str) -> list[Table]:
     """Closed-loop accuracy and speed by unit, in itself and against the teacher's."""
     history = "Every unit after the first has the system's own earlier units as its history"
-    accuracy = _units_table(found, "accuracy_by_unit", tables.percent)
-    speed = _units_table(found, "speed_by_unit", tables.number)
+
+    def table(title: str, figure: str, shown: Callable[[float], str], note: str) -> Table:
+        def cell(level: Estimate, share: Estimate) -> str:
+            return f"{shown(level.value)} ({tables.percent(share.value)})"
+
+        rows = [[name, *map(cell, each[figure], each[f"{figure}_of_teacher"])] for name, each in found.items()]
+        columns = ["system", *(f"unit {unit}" for unit in range(1, len(rows[0])))]
+        return Table(f"{title} by latent unit: {split}", columns, rows, note)
+
     return [
-        Table(
-            f"Accuracy by latent unit: {split}",
-            *accuracy,
+        table(
+            "Accuracy",
+            "accuracy_by_unit",
+            tables.percent,
             f"Attributes read right from the frames of one unit, and their share of the teacher's. {history}.",
         ),
-        Table(
-            f"Motion by latent unit: {split}",
-            *speed,
+        table(
+            "Motion",
+            "speed_by_unit",
+            tables.number,
             "Speed in the direction asked for, in pixels over a full clip, and its share of the teacher's. "
             f"{history}; an object that is not found stands still.",
         ),
     ]
-
-
-def _units_table(
-    found: Mapping[str, Mapping[str, Any]], name: str, shown: Callable[[float], str]
-) -> tuple[list[str], list[list[str]]]:
-    count = len(next(iter(found.values()))[name])
-
-    def cell(level: Estimate, share: Estimate) -> str:
-        return f"{shown(level.value)} ({tables.percent(share.value)})"
-
-    rows = [[row, *map(cell, each[name], each[f"{name}_of_teacher"])] for row, each in found.items()]
-    return ["system", *(f"unit {unit + 1}" for unit in range(count))], rows
 
 
 def markdown(shown: Sequence[Table]) -> str:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -20,6 +20,8 @@ from nd_jax.data.world import ATTRIBUTES, World
 from nd_jax.errors import UserError
 from nd_jax.outputs import new_file
 from nd_jax.protocol.definition import CONTROL_SPLIT, SPLITS, Protocol, prompt_list
+
+Readings = TypeVar("Readings", bound=tuple)
 
 FILE = "readings.json"
 FORMAT = 1
@@ -62,8 +64,10 @@ def measure(video: UInt8[np.ndarray, "t h w 3"], world: World) -> Measured:
     return Measured(reading.labels, np.round(reading.displacement, 3), np.round(flicker(video, world), 4))
 
 
-def stack(parts: Iterable[Measured]) -> Measured:
-    return Measured(*map(np.stack, zip(*parts, strict=True)))
+def stack(parts: Iterable[Readings]) -> Readings:
+    """Named tuples of arrays as one, with a new leading axis. There has to be one at least."""
+    parts = list(parts)
+    return type(parts[0])(*map(np.stack, zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ moving, as its history becomes its own?"""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from nd_jax.data import judge
 from nd_jax.data.world import MOTIONS, World
 from nd_jax.generate import first_unit
+from nd_jax.protocol.readings import stack
 from nd_jax.protocol.run import SystemVideos, Videos
 from nd_jax.protocol.statistics import Estimate, estimate, mean, quotient, quotient_of_means
 from nd_jax.system import VideoSystem
@@ -31,11 +32,7 @@ def read_units(video: UInt8[np.ndarray, "t h w 3"], world: World, time_scale: in
     """Unit k ends with frame ``k * time_scale``; the frame before it is read along."""
     ends = range(time_scale, len(video), time_scale)
     read = [judge.read(video[end - time_scale : end + 1], world) for end in ends]
-    return _stack(UnitReadings(each.labels, each.displacement) for each in read)
-
-
-def _stack(parts: Iterable[UnitReadings]) -> UnitReadings:
-    return UnitReadings(*map(np.stack, zip(*parts, strict=True)))
+    return stack(UnitReadings(each.labels, each.displacement) for each in read)
 
 
 def asked(
@@ -107,7 +104,7 @@ class Recorded:
 
     def by_unit(self, captions: Sequence[str], seeds: Sequence[int]) -> UnitReadings:
         """[seeds, n, units, ...] What was read of the captions' videos."""
-        return _stack(_stack(self._read[tuple(captions), seed]) for seed in seeds)
+        return stack(stack(self._read[tuple(captions), seed]) for seed in seeds)
 
 
 class HybridVideos(SystemVideos):
