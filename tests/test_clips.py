@@ -2,6 +2,9 @@
 
 import importlib.util
 import io
+import os
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -51,9 +54,22 @@ def test_a_round_trip_keeps_colours_and_every_attribute(source, tmp_path):
     assert score(read_labels(back, WORLD), source.labels).all_right == 1
 
 
-def test_the_same_frames_give_the_same_file(source, tmp_path):
-    paths = [video_out.write_video(tmp_path / name, source.video(1)) for name in ("a.mp4", "b.mp4")]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+WRITE = """
+import sys
+import numpy as np
+from nd_jax.data.video_out import write_video
+write_video(sys.argv[2], np.load(sys.argv[1]))
+"""
+
+
+def test_the_same_frames_give_the_same_file_whatever_memory_held(source, tmp_path):
+    np.save(tmp_path / "clip.npy", source.video(5))
+    files = []
+    for byte in ("1", "200"):  # what glibc fills new memory with
+        command = [sys.executable, "-c", WRITE, str(tmp_path / "clip.npy"), str(tmp_path / f"{byte}.mp4")]
+        subprocess.run(command, check=True, timeout=120, env={**os.environ, "MALLOC_PERTURB_": byte})
+        files.append((tmp_path / f"{byte}.mp4").read_bytes())
+    assert files[0] == files[1]
 
 
 def test_floats_are_truncated_and_clipped():
