@@ -322,7 +322,10 @@ def test_a_small_step_compiles_for_every_generation(name):
     preset = dataclasses.replace(preset, system=dataclasses.replace(preset.system, diffusion_transformer=network))
     topology = parse_topology(name)
     columns = len(recipe_program(preset, "recovery", ALONE, removed=1).recipe.columns)
-    found = plan_run(preset, "recovery", topology, Settings(batch=4 * columns, mesh=MeshConfig(fsdp=4), removed=1))
+    settings = Settings(batch=4 * columns, mesh=MeshConfig(fsdp=4), removed=1, changes=(("remat", "dots"),))
+    found = json.loads(json.dumps(plan_run(preset, "recovery", topology, settings)))
+    told = {"batch": 4 * columns, "remat": "dots", "microbatches": 1}
+    assert {name: found["recipe"][name] for name in told} == told
     assert len(topology_devices(topology)) == topology.chips == 4
     assert found["flops_difference"] == pytest.approx(0, abs=0.1)
     assert 0 < found["peak_gib"] < found["hbm_gib"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -141,7 +141,7 @@ def line(plan: Mapping[str, Any]) -> str:
     rate = plan.get("candidates_per_second")
     many = "" if rate is None else f", {rate[1]:.1f} to {rate[0]:.1f} candidates/s of {plan['layers']} layers"
     return (
-        f"{plan['run']} on {plan['topology']}: batch {plan['batch']}, {memory}{low:.3f} to {high:.3f} s, "
+        f"{plan['run']} on {plan['topology']}: batch {plan['batch']}, {memory}{short(low)} to {short(high)} s, "
         f"MFU {plan['mfu'][1]:.0%} to {plan['mfu'][0]:.0%} (a bound; limited by {plan['limit']}){many}"
     )
 
@@ -163,19 +163,24 @@ def table(plans: list[dict[str, Any]]) -> None:
 def cells(plan: Mapping[str, Any]) -> list[str]:
     """A plan as the table's row; the analytic operations are those of the whole slice."""
 
-    def span(pair: Any, form: str) -> str:
+    def span(pair: Any, show: Callable[[float], str]) -> str:
         low, high = sorted(pair)
-        return f"{low:{form}} .. {high:{form}}"
+        return f"{show(low)} .. {show(high)}"
 
     axes = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "1"
     row = [plan["run"], plan["topology"], axes, str(plan["batch"])]
     if "peak_gib" in plan:
         row.append(" / ".join(f"{plan[name]:.2f}" for name in ("argument_gib", "temporary_gib", "peak_gib", "hbm_gib")))
-        row.append(f"{plan['flops_compiled'] / 1e12:.0f} ({plan['flops_analytic'] / 1e12:.0f})")
-        row.append(" ".join(f"{kind} {value / 1e9:.2f}" for kind, value in plan["wire_bytes"].items()) or "-")
+        row.append(f"{short(plan['flops_compiled'] / 1e12)} ({short(plan['flops_analytic'] / 1e12)})")
+        row.append(" ".join(f"{kind} {short(value / 1e9)}" for kind, value in plan["wire_bytes"].items()) or "-")
     else:
-        row += ["-", f"({plan['flops_analytic'] / 1e12:.0f})", "-"]
-    row += [span(plan["step_seconds"], ".3f"), span(plan["mfu"], ".0%"), span(plan["mfu_derated"], ".0%")]
-    row.append(span(plan["videos_per_second"], ".1f"))
-    row.append(span(plan["chip_hours"], ".0f") if "chip_hours" in plan else "-")
+        row += ["-", f"({short(plan['flops_analytic'] / 1e12)})", "-"]
+    row += [span(plan["step_seconds"], short), span(plan["mfu"], "{:.0%}".format)]
+    row += [span(plan["mfu_derated"], "{:.0%}".format), span(plan["videos_per_second"], short)]
+    row.append(span(plan["chip_hours"], short) if "chip_hours" in plan else "-")
     return row
+
+
+def short(value: float) -> str:
+    """Three digits that count: a step of an upscaler takes microseconds, one of a denoiser seconds."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

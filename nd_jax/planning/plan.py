@@ -17,7 +17,7 @@ from nd_jax.planning.programs import Systems, counted_parameters, recipe_program
 from nd_jax.planning.splits import recipe_split
 from nd_jax.planning.sweeping import sweep_calls
 from nd_jax.planning.traced import traced_flops
-from nd_jax.recipes.preset import Preset
+from nd_jax.recipes.preset import Preset, as_settings
 from nd_jax.training.mesh import MeshConfig, batch_ways, make_mesh
 
 SPARE = 0.1
@@ -74,6 +74,7 @@ def plan_run(preset: Preset, name: str, topology: Topology, settings: Settings =
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
         "batch": program.recipe.config.batch,
+        "recipe": as_settings(program.recipe.config),
         "parameters": counted_parameters(program.state.params),
         "state_elements": counted_parameters(program.state),
         **told,
