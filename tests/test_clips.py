@@ -55,18 +55,18 @@ def test_a_round_trip_keeps_colours_and_every_attribute(source, tmp_path):
 
 
 WRITE = """
-import sys
+import importlib, sys
 import numpy as np
-from nd_jax.data.video_out import write_video
-write_video(sys.argv[2], np.load(sys.argv[1]))
+importlib.import_module(sys.argv[1]).write_video(sys.argv[3], np.load(sys.argv[2]), fps=24)
 """
 
 
-def test_the_same_frames_give_the_same_file_whatever_memory_held(source, tmp_path):
+@pytest.mark.parametrize("module", ["nd_jax.data.video_out", "nd_jax.converters.runtime.video"])
+def test_the_same_frames_give_the_same_file_whatever_memory_held(module, source, tmp_path):
     np.save(tmp_path / "clip.npy", source.video(5))
     files = []
     for byte in ("1", "200"):  # what glibc fills new memory with
-        command = [sys.executable, "-c", WRITE, str(tmp_path / "clip.npy"), str(tmp_path / f"{byte}.mp4")]
+        command = [sys.executable, "-c", WRITE, module, str(tmp_path / "clip.npy"), str(tmp_path / f"{byte}.mp4")]
         subprocess.run(command, check=True, timeout=120, env={**os.environ, "MALLOC_PERTURB_": byte})
         files.append((tmp_path / f"{byte}.mp4").read_bytes())
     assert files[0] == files[1]
